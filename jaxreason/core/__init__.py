@@ -1,0 +1,1 @@
+"""What every other room may import: parameters, meshes, precision, randomness, text, errors."""

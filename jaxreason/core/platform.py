@@ -1,0 +1,68 @@
+"""What must be settled before JAX starts: CPU compiler flags, kept away from TPU and GPU."""
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+# bf16 products through oneDNN (AMX) instead of a loop: 5 times the tokens a second, measured
+# (docs/log.md). An unknown flag aborts the process, so they are given to known versions only.
+CPU_FLAGS = (
+    "--xla_cpu_experimental_onednn_custom_call=true",
+    "--xla_cpu_experimental_ynn_fusion_type=",
+    # Turns sums over rows into windows that the CPU runs 3 to 6 times slower.
+    "--xla_disable_hlo_passes=tree_reduction_rewriter",
+    "--xla_cpu_prefer_vector_width=512",
+)
+# glibc gives every large buffer back to the kernel and faults it in again, 1.8 GB a step at 30M
+# parameters; kept in one heap of huge pages they cost nothing. Read by glibc at a process' start.
+MALLOC = (
+    "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000:"
+    "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"
+)
+KNOWN_JAXLIB = ((0, 11, 2), (0, 13, 0))
+
+
+def _accelerator_present() -> bool:
+    if os.environ.get("JAX_PLATFORMS", "").strip() == "cpu":
+        return False
+    if any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")):
+        return True
+    return "TPU_NAME" in os.environ or "TPU_WORKER_ID" in os.environ
+
+
+def _jaxlib_known() -> bool:
+    version = importlib.metadata.version("jaxlib").split(".")[:3]
+    numbers = tuple(int(part) for part in version if part.isdigit())
+    return KNOWN_JAXLIB[0] <= numbers < KNOWN_JAXLIB[1]
+
+
+def prepare(*, restart: bool = False) -> None:
+    """Sets XLA_FLAGS for a CPU run; call it before JAX is imported, does nothing afterwards.
+
+    A flag that the user has set keeps the user's value. JAXREASON_CPU_FLAGS=0 sets none. With
+    `restart`, a command line replaces its process once, with the settings of MALLOC.
+    """
+    if os.environ.get("JAXREASON_CPU_FLAGS") == "0" or "jax" in sys.modules:
+        return
+    if sys.platform != "linux" or _accelerator_present() or not _jaxlib_known():
+        return
+    if restart and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = MALLOC
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    given = os.environ.get("XLA_FLAGS", "")
+    added = [flag for flag in CPU_FLAGS if flag.split("=")[0] not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
+
+
+def compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a second run starts in seconds."""
+    if "onednn_custom_call=true" in os.environ.get("XLA_FLAGS", ""):
+        return  # Programs with oneDNN calls cannot be serialised (jaxlib 0.12).
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        root = os.environ.get("JAXREASON_CACHE") or str(Path.home() / ".cache" / "jaxreason")
+        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,0 +1,138 @@
+"""The command line.
+
+    python -m jaxreason.main --config=experiments/let/stdlib.py [--config.train.steps=200 ...]
+    python -m jaxreason.main demo [FOLDER]
+    python -m jaxreason.main compare RUN RUN [RUN ...]
+    python -m jaxreason.main report RUN [--against=RUN]
+    python -m jaxreason.main export RUN --to=tensorboard|wandb|trackio
+
+Exit codes: 0 done, 2 bad input (one line says what), 75 stopped by a preemption notice after saving
+(start the same command again).
+"""
+
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+
+from jaxreason.core.errors import UserError, nearest
+from jaxreason.core.platform import compilation_cache, prepare
+
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: launchers start the command again.
+PROG = "python -m jaxreason.main"
+
+
+def _start_jax() -> None:
+    """JAX with its compilation cache, and with the other hosts where there are any."""
+    import jax
+
+    compilation_cache()
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        jax.distributed.initialize()
+
+
+def _train(argv: Sequence[str]) -> None:
+    from jaxreason import config
+    from jaxreason.recipes import pretrain
+
+    recipes = {"pretrain": (pretrain.PretrainConfig, pretrain.run)}
+    command = config.parse(
+        argv, recipes={name: root for name, (root, _) in recipes.items()}, default="pretrain"
+    )
+    if command.help is not None:
+        print(command.help)
+        return
+    _start_jax()
+    run = recipes[command.recipe or "pretrain"][1]
+    report = run(command.config, command=shlex.join(["python", "-m", "jaxreason.main", *argv]))
+    print(f"report: {report}")
+
+
+def _demo(argv: Sequence[str]) -> None:
+    from jaxreason.recipes import demo
+
+    if len(argv) > 1 or any(a.startswith("-") for a in argv):
+        raise UserError(f"demo takes a folder for its runs at the most, got {shlex.join(argv)}")
+    _start_jax()
+    demo.run(argv[0] if argv else "runs/demo")
+
+
+def _compare(argv: Sequence[str]) -> None:
+    from jaxreason.train.compare import compare
+
+    if len(argv) < 2:
+        raise UserError(f"compare takes the folders of two runs or more, got {len(argv)}")
+    print(compare(*argv))
+
+
+def _report(argv: Sequence[str]) -> None:
+    from jaxreason.train.report import report_for_run
+
+    run, options = _run_and_options(argv, "report", {"against"})
+    print(f"report: {report_for_run(run, against=options.get('against'))}")
+
+
+def _export(argv: Sequence[str]) -> None:
+    from jaxreason.train.readers import export
+
+    run, options = _run_and_options(argv, "export", {"to"})
+    if "to" not in options:
+        raise UserError("export needs --to=tensorboard, --to=wandb or --to=trackio")
+    print(export(run, to=options["to"]))
+
+
+def _run_and_options(argv: Sequence[str], name: str, known: set[str]) -> tuple[str, dict[str, str]]:
+    options, runs = {}, []
+    for arg in argv:
+        key, equals, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--"):
+            runs.append(arg)
+        elif key in known and equals:
+            options[key] = value
+        else:
+            hint = nearest(key, known) or f"; expected --{', --'.join(sorted(known))}=VALUE"
+            raise UserError(f"{name}: unknown option {arg!r}{hint}")
+    if len(runs) != 1:
+        raise UserError(f"{name} takes one run's folder, got {len(runs)}: {shlex.join(runs)}")
+    return runs[0], options
+
+
+COMMANDS = {"demo": _demo, "compare": _compare, "report": _report, "export": _export}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code."""
+    prepare(restart=argv is None)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv and not argv[0].startswith("-"):
+            if argv[0] not in COMMANDS:
+                known = ", ".join(COMMANDS)
+                hint = nearest(argv[0], COMMANDS) or f"; expected {known}, or --config=FILE"
+                raise UserError(f"unknown command {argv[0]!r}{hint}")
+            COMMANDS[argv[0]](argv[1:])
+        else:
+            _train(argv)
+    except UserError as error:
+        usage = type(error).__name__ == "Usage"
+        print(error if usage else f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if type(error).__name__ == "Preempted":
+            print(error, file=sys.stderr)
+            return EXIT_PREEMPTED
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    # The module imported by name, so that a config file's classes are those of the command.
+    from jaxreason.main import main as imported_main
+
+    sys.exit(imported_main())

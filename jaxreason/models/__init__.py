@@ -1,0 +1,1 @@
+"""Models: settings of shared parts, described by ParamSpecs and run by pure functions."""

@@ -1,0 +1,1 @@
+"""Parts of transformers: pure functions on arrays, and the ParamSpecs they need."""

@@ -1,0 +1,1 @@
+"""Recipes compose the rooms into runs; each opens with its story in a few lines."""

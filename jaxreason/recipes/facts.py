@@ -1,0 +1,90 @@
+"""What is true of a whole run: hashes, sizes, versions, the command; kept in `facts.json`."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+import jaxreason
+from jaxreason.core import params as P
+from jaxreason.core.errors import UserError
+from jaxreason.models import decoder
+
+# A resumed run must read the same rows; otherwise its steps mean something else.
+SAME = ("corpus_sha256", "plan_sha256", "tokenizer")
+
+
+def _commit() -> str:
+    here = Path(jaxreason.__file__).parent
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"],
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return out.stdout.strip() if out.returncode == 0 else ""
+
+
+def collect(built: Any, command: str) -> dict[str, Any]:
+    """The facts of a built run, a flat dict for JSON."""
+    cfg, device = built.cfg, jax.devices()[0]
+    specs = decoder.specs(cfg.model)
+    tables = [specs[name] for name in ("embed", "unembed") if name in specs]
+    facts = {
+        "command": command,
+        "commit": _commit(),
+        "version": jaxreason.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        "device": f"{len(jax.devices())} x {device.device_kind}",
+        "cpu_cores": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "seed": cfg.run.seed,
+        "expected": cfg.run.expected,
+        "params": P.count(specs),
+        "params_non_embedding": P.count(specs) - P.count(tables),
+        "tokens_per_step": cfg.data.batch_size * cfg.data.seq_len,
+        "flops_per_step": built.flops(built.phases[-1]),
+        "flops_per_step_with_teacher": built.flops(built.phases[0]),
+        "tokenizer": built.train_data.tokenizer.fingerprint,
+        "bytes_per_token": built.held_out.bytes_per_token,
+        "corpus_sha256": built.train_data.corpus_sha256,
+        "plan_sha256": built.train_data.plan_sha256,
+        "held_out_plan_sha256": built.held_out.plan_sha256,
+        "rows_an_epoch": built.train_data.num_rows,
+    }
+    if built.teacher is not None:
+        facts |= built.teacher.facts | {"teacher_params": built.teacher.num_params}
+    return facts
+
+
+def check_same_run(directory: epath.Path, facts: dict[str, Any]) -> None:
+    """Raises UserError when the folder holds a run on other data."""
+    path = directory / "facts.json"
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text())
+    except ValueError:
+        return  # Torn by an old kill: it is written anew.
+    for name in SAME:
+        if name in before and before[name] != facts[name]:
+            raise UserError(
+                f"{directory} holds a run whose {name} is {str(before[name])[:12]}, this config's "
+                f"is {str(facts[name])[:12]}; choose another run.dir or use that run's config.json"
+            )
+
+
+def save(facts: dict[str, Any], directory: epath.Path) -> None:
+    """Writes `facts.json` in one rename."""
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / ".facts.json.tmp"
+    temporary.write_text(json.dumps(facts, indent=1) + "\n")
+    temporary.replace(directory / "facts.json")

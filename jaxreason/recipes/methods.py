@@ -1,0 +1,96 @@
+"""Turns a method's config into the phases of a pretraining run."""
+
+import optax
+
+from jaxreason.core.errors import UserError
+from jaxreason.core.objective import Objective, combine
+from jaxreason.objectives import let
+from jaxreason.objectives.distill import Distill, Salt, logit_distillation
+from jaxreason.objectives.let import Let
+from jaxreason.objectives.lm import NextToken, next_token
+from jaxreason.train.phase import FrozenModel, Phase
+
+Method = NextToken | Let | Distill | Salt
+
+
+def stop_step(fraction: float, stop: int, steps: int, name: str) -> int:
+    """The step at which a teacher leaves, from a fraction of the run or from a number of steps."""
+    if stop < 0 or not 0 <= fraction <= 1:
+        raise UserError(
+            f"method.{name} has stop_fraction {fraction} and stop_steps {stop}; expected a "
+            "fraction in 0 to 1 or a number of steps"
+        )
+    return min(stop, steps) if stop else round(fraction * steps)
+
+
+def let_objective(
+    method: Let, plain: Objective, stop: int, student_layers: int, teacher_layers: int
+) -> Objective:
+    """Next-token prediction plus the alignment of a pairing's layers."""
+    student, teacher = let.paired_layers(
+        method.pairing, student_layers, teacher_layers, method.student_layer
+    )
+    if teacher == let.FINAL and not method.teacher_norm:
+        teacher = teacher_layers
+    if not 1 <= student <= student_layers:
+        raise UserError(
+            f"method.student_layer is {student}; the student has layers 1 to {student_layers}"
+        )
+    align = let.alignment(
+        student_layer=student,
+        teacher_layer=teacher,
+        schedule=let.late_to_early_schedule(method.lambda_0, stop),
+        interpolation=method.interpolation,
+    )
+    return combine(plain, align)
+
+
+def make_phases(
+    method: Method,
+    *,
+    steps: int,
+    optimiser: optax.GradientTransformation,
+    student_layers: int,
+    teacher: FrozenModel | None = None,
+    teacher_layers: int = 0,
+    z_loss: float = 0.0,
+    chunk: int = 0,
+) -> tuple[Phase, ...]:
+    """One phase with the teacher, where the method has one, and one without.
+
+    A teacher whose weight is zero is never run: lambda_0 = 0 or w = 0 is the baseline itself.
+    """
+    plain = next_token(z_loss=z_loss, chunk=chunk)
+    trained = {"model": optimiser}
+    alone = Phase("next_token", steps, plain, trained)
+    strength = method.lambda_0 if isinstance(method, Let) else getattr(method, "weight", 0.0)
+    if isinstance(method, NextToken) or strength == 0:
+        return (alone,)
+    if teacher is None:
+        raise UserError(
+            f"method.{type(method).__name__} needs a teacher; set --config.teacher.path to a run "
+            "or a checkpoint"
+        )
+    frozen = {"teacher": teacher}
+    if isinstance(method, Let):
+        stop = stop_step(method.stop_fraction, method.stop_steps, steps, "Let")
+        objective = let_objective(method, plain, stop, student_layers, teacher_layers)
+        guided = Phase("let", stop, objective, trained, frozen)
+    else:
+        if not 0 <= method.weight <= 1:
+            raise UserError(f"method.weight is {method.weight}; expected 0 to 1")
+        objective = combine(
+            next_token(
+                z_loss=z_loss, chunk=chunk,
+                coefficient=optax.constant_schedule(1 - method.weight),
+            ),
+            logit_distillation(
+                weight=method.weight, temperature=method.temperature, chunk=chunk
+            ),
+        )  # fmt: skip
+        stop = steps
+        if isinstance(method, Salt):
+            stop = stop_step(method.stop_fraction, method.stop_steps, steps, "Salt")
+        guided = Phase("distill", stop, objective, trained, frozen)
+    phases = (guided,) if guided.until else ()
+    return phases if guided.until >= steps else (*phases, alone)

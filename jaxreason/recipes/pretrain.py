@@ -1,0 +1,313 @@
+"""Pretraining: text -> packed batches -> a decoder -> checkpoints and a report.
+
+A method (LET, distillation, SALT) adds a phase with a frozen teacher in front of plain next-token
+prediction. The run's folder is all there is: killed and started again, the same command goes on
+where the newest sound checkpoint stands.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+import jaxreason
+from jaxreason import config as config_lib
+from jaxreason import data
+from jaxreason.core import flops, rng
+from jaxreason.core import params as P
+from jaxreason.core.errors import UserError
+from jaxreason.core.mesh import (
+    MeshConfig,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    use_mesh,
+)
+from jaxreason.core.precision import as_dtype, resolve_dtype
+from jaxreason.data import DataConfig
+from jaxreason.eval.perplexity import make_eval_step, perplexity
+from jaxreason.models import decoder
+from jaxreason.models.decoder import ModelConfig
+from jaxreason.objectives.lm import NextToken
+from jaxreason.recipes import facts as facts_lib
+from jaxreason.recipes.methods import Method, make_phases
+from jaxreason.recipes.teacher import TeacherConfig, check_tokenizer, open_teacher
+from jaxreason.train import state as state_lib
+from jaxreason.train.checkpoint import CheckpointConfig, Checkpointer
+from jaxreason.train.log import MetricsLog
+from jaxreason.train.loop import Run, TrainConfig, train
+from jaxreason.train.optim import OptimConfig, make_optimiser, make_schedule
+from jaxreason.train.phase import Phase
+from jaxreason.train.preempt import Preemption
+from jaxreason.train.progress import Progress
+from jaxreason.train.report import report_for_run
+from jaxreason.train.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run itself."""
+
+    dir: str = ""
+    """Folder of the run, local or in a bucket; it is resumed when it holds a checkpoint."""
+    seed: int = 0
+    """Seed of initial values and of everything random in training (data has its own)."""
+    title: str = ""
+    """Heading of the report."""
+    expected: str = ""
+    """The number to expect and where it is from, shown in the report."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Pretraining of a decoder on text."""
+
+    run: RunConfig = RunConfig()
+    """Folder, seed, title."""
+    model: ModelConfig = ModelConfig()
+    """Shape of the model that is trained."""
+    data: DataConfig = DataConfig()
+    """Text, tokenizer, packing, batch."""
+    method: Method = NextToken()
+    """What is added to next-token prediction."""
+    teacher: TeacherConfig = TeacherConfig()
+    """The frozen teacher of a method that has one."""
+    optim: OptimConfig = OptimConfig()
+    """Optimiser and learning rate."""
+    train: TrainConfig = TrainConfig()
+    """Length and rhythm."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When to save, what to keep."""
+    mesh: MeshConfig = MeshConfig()
+    """Parallelism."""
+    compute_dtype: str = "auto"
+    """auto, bfloat16 or float32; parameters are always float32."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition (PaLM uses 1e-4)."""
+    logit_chunk: int = 0
+    """Tokens a row whose float32 logits are held at once; 0 chooses by size."""
+
+    def validate(self) -> None:
+        """Raises UserError for parts that do not fit together."""
+        if self.compute_dtype not in ("auto", "bfloat16", "float32"):
+            raise UserError(
+                f"compute_dtype is {self.compute_dtype!r}; expected auto, bfloat16 or float32"
+            )
+        if self.data.batch_size % self.train.accumulate:
+            raise UserError(
+                f"data.batch_size {self.data.batch_size} is not a multiple of train.accumulate "
+                f"{self.train.accumulate}; change one of them"
+            )
+
+
+def resolve(cfg: PretrainConfig, vocab_size: int) -> PretrainConfig:
+    """Fills in what the device and the tokenizer decide, so that the saved config is whole."""
+    needed = -(-vocab_size // 64) * 64
+    if not cfg.model.vocab_size:
+        model = dataclasses.replace(cfg.model, vocab_size=needed)
+    elif cfg.model.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size is {cfg.model.vocab_size}, the tokenizer has {vocab_size} tokens; "
+            f"set it to at least {vocab_size}, or to 0"
+        )
+    else:
+        model = cfg.model
+    model = decoder.resolve(model)
+    return dataclasses.replace(cfg, model=model, compute_dtype=resolve_dtype(cfg.compute_dtype))
+
+
+@dataclasses.dataclass
+class Built:
+    """A run's parts, ready for the loop or for compiling alone."""
+
+    cfg: PretrainConfig
+    mesh: Any
+    phases: tuple[Phase, ...]
+    train_data: data.Dataset
+    held_out: data.Dataset
+    abstract_state: state_lib.TrainState
+    init_state: Any
+    teacher: Any
+    fingerprint: dict[str, Any]
+
+    @functools.cached_property
+    def dtype(self):
+        """The compute dtype."""
+        return as_dtype(self.cfg.compute_dtype)
+
+    def forward(self, params, batch: Mapping[str, Any], capture: tuple[int, ...] = ()):
+        """The trained model on a batch."""
+        return decoder.forward(
+            params["model"], self.cfg.model, batch, dtype=self.dtype, capture=capture
+        )
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This host's rows, as part of the global batch on the devices."""
+        sharding = batch_sharding(self.mesh)
+        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+        """Training batches on the devices, by step."""
+        for step, batch in self.train_data.iterate(start, stop):
+            yield step, self.put(batch)
+
+    def step_fn(self, phase: Phase):
+        """The jitted training step of a phase, to be called once a phase; it donates the state."""
+        step = make_train_step(
+            self.forward,
+            phase,
+            key=rng.named(rng.base_key(self.cfg.run.seed), "train"),
+            accumulate=self.cfg.train.accumulate,
+            clip_norm=self.cfg.optim.clip_norm,
+        )
+        return jax.jit(step, donate_argnums=0)
+
+    @functools.cached_property
+    def _eval_step(self):
+        return jax.jit(make_eval_step(self.forward, self.cfg.logit_chunk))
+
+    def evaluate(self, state: state_lib.TrainState) -> dict[str, float]:
+        """Held-out loss of a state."""
+        batches = (self.put(batch) for _, batch in self.held_out.iterate())
+        return perplexity(self._eval_step, state.params, batches, self.held_out.bytes_per_token)
+
+    def flops(self, phase: Phase) -> float:
+        """FLOPs of one step of a phase, teacher included."""
+        tokens = self.cfg.data.batch_size * self.cfg.data.seq_len
+        forward = decoder.forward_flops(self.cfg.model, self.cfg.data.seq_len)
+        return tokens * (3.0 * forward + sum(m.forward_flops for m in phase.frozen.values()))
+
+
+def build(cfg: PretrainConfig) -> Built:
+    """Opens the data, the teacher and the mesh, and describes the state; trains nothing."""
+    mesh = make_mesh(cfg.mesh)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"] * cfg.train.accumulate
+    if cfg.data.batch_size % rows:
+        raise UserError(
+            f"data.batch_size {cfg.data.batch_size} is not a multiple of mesh.data x mesh.fsdp x "
+            f"train.accumulate = {rows}; change one of them"
+        )
+    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    train_data = data.build(cfg.data, split="train", **hosts)
+    held_out = data.build(cfg.data, split="held_out", **hosts)
+    cfg = resolve(cfg, train_data.tokenizer.vocab_size)
+    teacher = open_teacher(
+        cfg.teacher, seq_len=cfg.data.seq_len, dtype=cfg.compute_dtype, mesh=mesh
+    )
+    if teacher is not None:
+        check_tokenizer(teacher, train_data.tokenizer.fingerprint)
+    specs = decoder.specs(cfg.model)
+    phases = make_phases(
+        cfg.method,
+        steps=cfg.train.steps,
+        optimiser=make_optimiser(cfg.optim, specs, cfg.train.steps),
+        student_layers=cfg.model.num_layers,
+        teacher=teacher.frozen if teacher else None,
+        teacher_layers=teacher.num_layers if teacher else 0,
+        z_loss=cfg.z_loss,
+        chunk=cfg.logit_chunk,
+    )
+    for phase in phases:
+        phase.objective.check_batch(train_data.batch(0))
+    key = rng.named(rng.base_key(cfg.run.seed), "init")
+
+    def create():
+        return state_lib.create({"model": P.initialise(specs, key)}, phases)
+
+    abstract = jax.eval_shape(create)
+    shardings = state_lib.shardings(abstract, {"model": param_shardings(specs, mesh)}, mesh)
+    abstract = jax.tree.map(
+        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings
+    )
+    return Built(
+        cfg=cfg,
+        mesh=mesh,
+        phases=phases,
+        train_data=train_data,
+        held_out=held_out,
+        abstract_state=abstract,
+        init_state=jax.jit(create, out_shardings=shardings),
+        teacher=teacher,
+        fingerprint={
+            "model": dataclasses.asdict(cfg.model),
+            "tokenizer": train_data.tokenizer.fingerprint,
+        },
+    )
+
+
+def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:
+    """Trains, or goes on where the run's folder stands; returns the report's path."""
+    if not cfg.run.dir:
+        raise UserError("run.dir is not set; name the run's folder with --config.run.dir=...")
+    directory = epath.Path(cfg.run.dir).expanduser()
+    built = build(cfg)
+    cfg = built.cfg
+    config_json = config_lib.dump(cfg)
+    facts = facts_lib.collect(built, command or shlex.join([sys.executable, *sys.argv]))
+    facts_lib.check_same_run(directory, facts)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(use_mesh(built.mesh))
+        preemption = stack.enter_context(Preemption(cfg.checkpoint.on_preemption))
+        checkpointer = stack.enter_context(
+            Checkpointer(
+                directory / "checkpoints",
+                cfg.checkpoint,
+                config_json=config_json,
+                model_fingerprint=built.fingerprint,
+                version=jaxreason.__version__,
+            )
+        )
+        restored = checkpointer.latest(built.abstract_state)
+        state = built.init_state() if restored is None else restored.state
+        start = 0 if restored is None else restored.step
+        log = stack.enter_context(MetricsLog(directory))
+        log.truncate_after(start if restored else -1)
+        if jax.process_index() == 0:
+            config_lib.save(cfg, directory / "config.json")
+            facts_lib.save(facts, directory)
+        progress = stack.enter_context(
+            Progress(cfg.train.steps, cfg.run.title or directory.name, start=start)
+        )
+        for line in restored.skipped if restored else ():
+            progress.note(f"passed over a damaged checkpoint: {line}")
+        if restored:
+            progress.note(f"goes on after step {start}")
+        peak = flops.peak_flops()
+        state = train(
+            Run(
+                cfg=cfg.train,
+                phases=built.phases,
+                step_fn=built.step_fn,
+                batches=built.batches,
+                evaluate=built.evaluate,
+                checkpointer=checkpointer,
+                log=log,
+                progress=progress,
+                preemption=preemption,
+                tokens_per_step=cfg.data.batch_size * cfg.data.seq_len,
+                flops=built.flops,
+                learning_rate=make_schedule(cfg.optim, cfg.train.steps),
+                peak_flops=peak * built.mesh.size if peak else None,
+            ),
+            state,
+            start,
+        )
+    done = int(state.step)
+    if done < cfg.train.steps:
+        raise Preempted(done)
+    return report_for_run(directory) if jax.process_index() == 0 else directory
+
+
+class Preempted(Exception):
+    """The run saved its state and stopped because it was told to; start it again to go on."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}, which is saved; the same command goes on")
+        self.step = step

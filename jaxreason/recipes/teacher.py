@@ -1,0 +1,121 @@
+"""A frozen teacher for pretraining: one of our checkpoints, or any Flax model through a factory."""
+
+import dataclasses
+import importlib
+import json
+from typing import Any
+
+import jax
+from etils import epath
+
+from jaxreason import config as config_lib
+from jaxreason.core import params as P
+from jaxreason.core.errors import UserError
+from jaxreason.core.mesh import param_shardings
+from jaxreason.core.precision import as_dtype
+from jaxreason.models import decoder
+from jaxreason.train import load
+from jaxreason.train.phase import FrozenModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Where a frozen teacher comes from: a `path` of ours, or a `factory` for any Flax model."""
+
+    path: str = ""
+    """A run's folder or a checkpoint written by this program."""
+    step: int | None = None
+    """Which checkpoint of the run; None takes the newest."""
+    factory: str = ""
+    """`package.module:function` returning a FlaxTeacher; its code is run."""
+
+    def validate(self) -> None:
+        """Raises UserError when both sources are named."""
+        if self.path and self.factory:
+            raise UserError("teacher.path and teacher.factory are both set; keep one of them")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlaxTeacher:
+    """What a factory returns: `(params, apply)` of `models.adapter`, and facts about it."""
+
+    params: Any
+    apply: Any
+    num_layers: int
+    tokenizer_fingerprint: str
+    forward_flops: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A teacher that is ready: the frozen model, its depth, and facts for the report."""
+
+    frozen: FrozenModel
+    num_layers: int
+    num_params: int
+    tokenizer_fingerprint: str
+    facts: dict[str, Any]
+
+
+def open_teacher(cfg: TeacherConfig, *, seq_len: int, dtype: str, mesh) -> Teacher | None:
+    """Finds and describes the teacher; its parameters are read when its phase begins."""
+    if cfg.factory:
+        return _from_factory(cfg.factory)
+    return _from_run(cfg, seq_len, dtype, mesh) if cfg.path else None
+
+
+def check_tokenizer(teacher: Teacher, fingerprint: str) -> None:
+    """Raises UserError when the teacher reads other tokens than the student."""
+    if teacher.tokenizer_fingerprint != fingerprint:
+        raise UserError(
+            f"the teacher's tokenizer {teacher.tokenizer_fingerprint[:12]} is not the student's "
+            f"{fingerprint[:12]}: token positions would not match; train the student with the "
+            "teacher's tokenizer (data.tokenizer) or choose another teacher"
+        )
+
+
+def _from_run(cfg: TeacherConfig, seq_len: int, dtype: str, mesh) -> Teacher:
+    from jaxreason.recipes.pretrain import PretrainConfig  # The teacher's config is one of these.
+
+    folder = load.find(cfg.path, cfg.step)
+    saved = config_lib.load(load.load_config(cfg.path, step=cfg.step), [PretrainConfig])
+    meta = json.loads((epath.Path(folder) / "meta.json").read_text())
+    model = saved.model
+    specs = decoder.specs(model)
+    abstract = P.abstract(specs, param_shardings(specs, mesh))
+
+    def load_params():
+        return load.load(cfg.path, abstract, subtree="params/model", step=cfg.step)
+
+    def apply(params, batch, capture):
+        return decoder.forward(params, model, batch, dtype=as_dtype(dtype), capture=capture)
+
+    return Teacher(
+        frozen=FrozenModel(load_params, apply, decoder.forward_flops(model, seq_len)),
+        num_layers=model.num_layers,
+        num_params=P.count(specs),
+        tokenizer_fingerprint=meta["model_fingerprint"]["tokenizer"],
+        facts={"teacher": str(cfg.path), "teacher_step": meta["step"]},
+    )
+
+
+def _from_factory(name: str) -> Teacher:
+    module, _, function = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"teacher.factory {name!r} cannot be imported ({error}); expected "
+            "package.module:function"
+        ) from error
+    if not isinstance(made, FlaxTeacher):
+        raise UserError(
+            f"teacher.factory {name!r} returned a {type(made).__name__}; expected a FlaxTeacher"
+        )
+    return Teacher(
+        frozen=FrozenModel(lambda: jax.device_put(made.params), made.apply, made.forward_flops),
+        num_layers=made.num_layers,
+        num_params=sum(leaf.size for leaf in jax.tree.leaves(made.params)),
+        tokenizer_fingerprint=made.tokenizer_fingerprint,
+        facts={"teacher": name},
+    )

@@ -1,0 +1,1 @@
+"""The training loop: phases, step, optimisers, checkpoints, logs. It knows no method."""

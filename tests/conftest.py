@@ -1,0 +1,57 @@
+"""What every test stands on: one CPU device, strict ranks, no network, no settings of the user.
+
+`JAXREASON_TEST_PLATFORM=cuda` (or `tpu`) runs the tests on an accelerator instead.
+`JAX_DISABLE_JIT` is left as it is: tests on the tiny config must hold with it too.
+"""
+
+import os
+import pathlib
+import socket
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+# Set before the first import of JAX, which is in a test. A user's own settings would change numbers
+# or the device count.
+for _name in (
+    "XLA_FLAGS",
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+    "JAX_DEFAULT_PRNG_IMPL",
+    "JAX_ENABLE_X64",
+    "JAX_NUM_CPU_DEVICES",
+):
+    os.environ.pop(_name, None)
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAXREASON_TEST_PLATFORM", "cpu")
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """Returns a function from a file's name in `tests/golden` (without .npz) to its arrays."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Refuses connections beyond this machine in any test not marked `network`."""
+    if request.node.get_closest_marker("network") is None:
+        connect = socket.socket.connect
+
+        def local_only(self: socket.socket, address):
+            host = address[0] if self.family in (socket.AF_INET, socket.AF_INET6) else "localhost"
+            if host not in ("localhost", "127.0.0.1", "::1"):
+                raise ConnectionRefusedError(f"a test reached for {host}; mark it `network`")
+            return connect(self, address)
+
+        monkeypatch.setattr(socket.socket, "connect", local_only)
+    yield
