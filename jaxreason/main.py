@@ -119,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage = type(error).__name__ == "Usage"
         print(error if usage else f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BrokenPipeError:  # The reader of our output has gone (`--help | head`).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -31,7 +31,8 @@ def _accelerator_present() -> bool:
     return "TPU_NAME" in os.environ or "TPU_WORKER_ID" in os.environ
 
 
-def _jaxlib_known() -> bool:
+def known_jaxlib() -> bool:
+    """Whether the flags above are known to the installed compiler."""
     version = importlib.metadata.version("jaxlib").split(".")[:3]
     numbers = tuple(int(part) for part in version if part.isdigit())
     return KNOWN_JAXLIB[0] <= numbers < KNOWN_JAXLIB[1]
@@ -45,7 +46,7 @@ def prepare(*, restart: bool = False) -> None:
     """
     if os.environ.get("JAXREASON_CPU_FLAGS") == "0" or "jax" in sys.modules:
         return
-    if sys.platform != "linux" or _accelerator_present() or not _jaxlib_known():
+    if sys.platform != "linux" or _accelerator_present() or not known_jaxlib():
         return
     if restart and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = MALLOC

@@ -1,7 +1,6 @@
 """The loop: phases in turn, evaluation, checkpoints, rows; it knows arrays and callables only."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,6 +14,8 @@ from jaxreason.train.phase import Phase, active
 from jaxreason.train.preempt import Preemption
 from jaxreason.train.progress import Progress
 from jaxreason.train.state import TrainState
+
+SHOWN = ("loss", "time_tokens_per_s")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,13 +81,22 @@ class Clock:
         self.data, self.steps, self.since = 0.0, 0, time.perf_counter()
 
 
-def train(run: Run, state: TrainState, start: int, *, flops_before: float = 0.0) -> TrainState:
+def flops_until(run: Run, step: int) -> float:
+    """FLOPs of the first `step` updates: a resumed run counts those before it like a straight one."""
+    total, begin = 0.0, 0
+    for phase in run.phases:
+        total += run.flops(phase) * max(0, min(step, phase.until) - begin)
+        begin = phase.until
+    return total
+
+
+def train(run: Run, state: TrainState, start: int) -> TrainState:
     """Trains from `start` updates to the end, or to a preemption; the state is donated.
 
     Returns the last state. A stop by preemption has saved it and leaves `state.step` below the
     configured steps.
     """
-    loop = _Loop(run, state, start, flops_before)
+    loop = _Loop(run, state, start)
     while loop.step < run.cfg.steps and not loop.stopped:
         index = active(run.phases, loop.step)
         phase, begin = run.phases[index], run.phases[index - 1].until if index else 0
@@ -100,11 +110,11 @@ def train(run: Run, state: TrainState, start: int, *, flops_before: float = 0.0)
 class _Loop:
     """The loop's few moving parts: the state, the row in flight, the clock."""
 
-    def __init__(self, run: Run, state: TrainState, start: int, flops_before: float):
+    def __init__(self, run: Run, state: TrainState, start: int):
         self.run, self.state, self.step = run, state, start
-        self.flops, self.seconds, self.stopped = flops_before, 0.0, False
+        self.seconds, self.stopped = 0.0, False
         self.clock = Clock()
-        self.pending: tuple[int, Any, float] | None = None
+        self.pending: tuple[int, Any] | None = None
         self.results: dict[str, float] | None = None
         if start == 0:
             self.evaluate()
@@ -113,7 +123,7 @@ class _Loop:
         run = self.run
         step_fn = run.step_fn(phase)
         frozen = {name: model.load() for name, model in phase.frozen.items()}
-        flops, began, first = run.flops(phase), time.perf_counter(), True
+        began, first = time.perf_counter(), True
         batches = run.batches(self.step, stop)
         self.clock.restart()
         while True:
@@ -125,9 +135,8 @@ class _Loop:
             self.state, metrics = step_fn(self.state, frozen, item[1])
             self.drain()  # The row before: the device already works on the next step.
             self.step += 1
-            self.flops += flops
             self.clock.steps += 1
-            self.pending = (self.step, metrics, self.flops)
+            self.pending = (self.step, metrics)
             if first:
                 jax.block_until_ready(metrics["grad_norm"])
                 compile_s = time.perf_counter() - began
@@ -169,7 +178,7 @@ class _Loop:
         """Waits for the row in flight, checks it, and writes it where a row is due."""
         if self.pending is None:
             return
-        (step, metrics, flops), self.pending = self.pending, None
+        (step, metrics), self.pending = self.pending, None
         run, cfg = self.run, self.run.cfg
         streak = int(metrics["streak"])
         if streak:
@@ -201,13 +210,9 @@ class _Loop:
             self.clock.restart()
         run.log.write(
             step, "train", **values, learning_rate=float(run.learning_rate(step - 1)),
-            tokens=step * run.tokens_per_step, flops=flops, time_s=self.seconds, **timing,
+            tokens=step * run.tokens_per_step, flops=flops_until(run, step), time_s=self.seconds, **timing,
         )  # fmt: skip
-        shown = {
-            "loss": values["loss"],
-            "time_tokens_per_s": timing.get("time_tokens_per_s", math.nan),
-        }
-        run.progress.update(step, **shown)
+        run.progress.update(step, **{k: v for k, v in (values | timing).items() if k in SHOWN})
 
     def finish(self) -> None:
         self.drain()
