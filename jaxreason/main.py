@@ -10,6 +10,7 @@ Exit codes: 0 done, 2 bad input (one line says what), 75 stopped by a preemption
 (start the same command again).
 """
 
+import errno
 import os
 import shlex
 import sys
@@ -102,6 +103,16 @@ def _run_and_options(argv: Sequence[str], name: str, known: set[str]) -> tuple[s
 COMMANDS = {"demo": _demo, "compare": _compare, "report": _report, "export": _export}
 
 
+def _storage(error: OSError) -> str | None:
+    """The line about a full or closed disk, which the user can mend; None for other errors."""
+    where = f" at {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{where}; free space, then start the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error.strerror}{where}; check the permissions, or choose another folder"
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
     prepare(restart=argv is None)
@@ -129,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "Preempted":
             print(error, file=sys.stderr)
             return EXIT_PREEMPTED
+        if isinstance(error, OSError) and (line := _storage(error)) is not None:
+            print(f"error: {line}", file=sys.stderr)
+            return EXIT_USER_ERROR
         traceback.print_exc()
         return 1
     return 0

@@ -1,5 +1,7 @@
 """Turns a method's config into the phases of a pretraining run."""
 
+import dataclasses
+
 import optax
 
 from jaxreason.core.errors import UserError
@@ -53,6 +55,7 @@ def make_phases(
     student_layers: int,
     teacher: FrozenModel | None = None,
     teacher_layers: int = 0,
+    teacher_hidden_flops: int = 0,
     z_loss: float = 0.0,
     chunk: int = 0,
 ) -> tuple[Phase, ...]:
@@ -75,6 +78,8 @@ def make_phases(
     if isinstance(method, Let):
         stop = stop_step(method.stop_fraction, method.stop_steps, steps, "Let")
         objective = let_objective(method, plain, stop, student_layers, teacher_layers)
+        if teacher_hidden_flops:  # No output projection: only hidden states are aligned.
+            frozen = {"teacher": dataclasses.replace(teacher, forward_flops=teacher_hidden_flops)}
         guided = Phase("let", stop, objective, trained, frozen)
     else:
         if not 0 <= method.weight <= 1:

@@ -8,6 +8,7 @@ where the newest sound checkpoint stands.
 import contextlib
 import dataclasses
 import functools
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -211,6 +212,7 @@ def build(cfg: PretrainConfig) -> Built:
         student_layers=cfg.model.num_layers,
         teacher=teacher.frozen if teacher else None,
         teacher_layers=teacher.num_layers if teacher else 0,
+        teacher_hidden_flops=teacher.hidden_flops if teacher else 0,
         z_loss=cfg.z_loss,
         chunk=cfg.logit_chunk,
     )
@@ -242,16 +244,35 @@ def build(cfg: PretrainConfig) -> Built:
     )
 
 
+def check_folder(directory: epath.Path) -> None:
+    """Raises UserError, before any work, where a local folder could not be written."""
+    if "://" in str(directory):
+        return
+    there = next((path for path in (directory, *directory.parents) if path.exists()), directory)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "not writable" if there.is_dir() else "a file"
+        raise UserError(
+            f"run.dir is {directory}, but {there} is {what}; choose another folder for the run"
+        )
+
+
 def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:
     """Trains, or goes on where the run's folder stands; returns the report's path."""
     if not cfg.run.dir:
         raise UserError("run.dir is not set; name the run's folder with --config.run.dir=...")
     directory = epath.Path(cfg.run.dir).expanduser()
+    check_folder(directory)
     built = build(cfg)
     cfg = built.cfg
     config_json = config_lib.dump(cfg)
     facts = facts_lib.collect(built, command or shlex.join([sys.executable, *sys.argv]))
     facts_lib.check_same_run(directory, facts)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run.dir {directory} cannot be made ({error.strerror}); choose another folder"
+        ) from error
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_mesh(built.mesh))
         preemption = stack.enter_context(Preemption(cfg.checkpoint.on_preemption))
@@ -272,6 +293,7 @@ def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:
         if jax.process_index() == 0:
             config_lib.save(cfg, directory / "config.json")
             facts_lib.save(facts, directory)
+            built.train_data.tokenizer.save(directory / "tokenizer")
         progress = stack.enter_context(
             Progress(cfg.train.steps, cfg.run.title or directory.name, start=start)
         )

@@ -11,7 +11,7 @@ from etils import epath
 from jaxreason import config as config_lib
 from jaxreason.core import params as P
 from jaxreason.core.errors import UserError
-from jaxreason.core.mesh import param_shardings
+from jaxreason.core.mesh import param_shardings, replicated
 from jaxreason.core.precision import as_dtype
 from jaxreason.models import decoder
 from jaxreason.train import load
@@ -44,13 +44,18 @@ class FlaxTeacher:
     num_layers: int
     tokenizer_fingerprint: str
     forward_flops: int = 0
+    hidden_flops: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A teacher that is ready: the frozen model, its depth, and facts for the report."""
+    """A teacher that is ready: the frozen model, its depth, and facts for the report.
+
+    `hidden_flops` a token is its forward without the output projection, which LET does not use.
+    """
 
     frozen: FrozenModel
+    hidden_flops: int
     num_layers: int
     num_params: int
     tokenizer_fingerprint: str
@@ -60,7 +65,7 @@ class Teacher:
 def open_teacher(cfg: TeacherConfig, *, seq_len: int, dtype: str, mesh) -> Teacher | None:
     """Finds and describes the teacher; its parameters are read when its phase begins."""
     if cfg.factory:
-        return _from_factory(cfg.factory)
+        return _from_factory(cfg.factory, mesh)
     return _from_run(cfg, seq_len, dtype, mesh) if cfg.path else None
 
 
@@ -92,6 +97,7 @@ def _from_run(cfg: TeacherConfig, seq_len: int, dtype: str, mesh) -> Teacher:
 
     return Teacher(
         frozen=FrozenModel(load_params, apply, decoder.forward_flops(model, seq_len)),
+        hidden_flops=decoder.forward_flops(model, seq_len, depth=model.num_layers),
         num_layers=model.num_layers,
         num_params=P.count(specs),
         tokenizer_fingerprint=meta["model_fingerprint"]["tokenizer"],
@@ -99,7 +105,7 @@ def _from_run(cfg: TeacherConfig, seq_len: int, dtype: str, mesh) -> Teacher:
     )
 
 
-def _from_factory(name: str) -> Teacher:
+def _from_factory(name: str, mesh) -> Teacher:
     module, _, function = name.partition(":")
     try:
         made = getattr(importlib.import_module(module), function)()
@@ -112,10 +118,14 @@ def _from_factory(name: str) -> Teacher:
         raise UserError(
             f"teacher.factory {name!r} returned a {type(made).__name__}; expected a FlaxTeacher"
         )
+    # Kept on the host: on the devices only while its phase lasts, every device with all of it.
+    params = jax.device_get(made.params)
+    load_params = lambda: jax.device_put(params, replicated(mesh))  # noqa: E731
     return Teacher(
-        frozen=FrozenModel(lambda: jax.device_put(made.params), made.apply, made.forward_flops),
+        frozen=FrozenModel(load_params, made.apply, made.forward_flops),
+        hidden_flops=made.hidden_flops or made.forward_flops,
         num_layers=made.num_layers,
-        num_params=sum(leaf.size for leaf in jax.tree.leaves(made.params)),
+        num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
         tokenizer_fingerprint=made.tokenizer_fingerprint,
         facts={"teacher": name},
     )

@@ -82,7 +82,7 @@ class Clock:
 
 
 def flops_until(run: Run, step: int) -> float:
-    """FLOPs of the first `step` updates: a resumed run counts those before it like a straight one."""
+    """FLOPs of the first `step` updates; a resumed run counts those before it too."""
     total, begin = 0.0, 0
     for phase in run.phases:
         total += run.flops(phase) * max(0, min(step, phase.until) - begin)
@@ -210,7 +210,8 @@ class _Loop:
             self.clock.restart()
         run.log.write(
             step, "train", **values, learning_rate=float(run.learning_rate(step - 1)),
-            tokens=step * run.tokens_per_step, flops=flops_until(run, step), time_s=self.seconds, **timing,
+            tokens=step * run.tokens_per_step, flops=flops_until(run, step),
+            time_s=self.seconds, **timing,
         )  # fmt: skip
         run.progress.update(step, **{k: v for k, v in (values | timing).items() if k in SHOWN})
 
