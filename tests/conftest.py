@@ -24,7 +24,9 @@ for _name in (
 ):
     os.environ.pop(_name, None)
 # Most of the time of a test goes into compiling: this takes a third less, for slower programs.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXREASON_TEST_PLATFORM", "cpu")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -18,8 +18,10 @@ PEAK_BF16 = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
     "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA L40S": 362e12,
     "NVIDIA L4": 121e12,
     "Tesla T4": 65e12,
 }

@@ -22,7 +22,8 @@ class Objective:
     `denominators(batch) -> {term: W_k}` sees no parameters and is computed once over the global
     batch. `terms(outputs, frozen, batch, aux_state, key, step) -> (sums, metrics, aux_update)` is
     computed a micro-batch: `sums` {term: S_k}; `metrics` {name: (sum, weight)}, added up over
-    micro-batches and divided at the end; `aux_update` replaces `aux_state` (None: none).
+    micro-batches and divided at the end; `aux_update` replaces `aux_state` (None: none). A
+    micro-batch sees what the one before it made of `aux_state`; a skipped step undoes them all.
     `frozen` maps the names of the phase's frozen models to their `Outputs`, outside the gradient.
     `coefficients` are optax schedules. `captures` are the layers of the model it reads, `needs` the
     fields of the batch, `frozen_captures` the layers it reads of each frozen model.
@@ -69,7 +70,7 @@ def combine(*objectives: Objective) -> Objective:
                 outputs, frozen_outputs, batch, aux_state[i], jax.random.fold_in(key, i), step
             )
             sums, metrics = sums | s, metrics | m
-            updates.append(u)
+            updates.append(aux_state[i] if u is None else u)
         return sums, metrics, tuple(updates)
 
     return Objective(

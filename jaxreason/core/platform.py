@@ -31,6 +31,14 @@ def _accelerator_present() -> bool:
     return "TPU_NAME" in os.environ or "TPU_WORKER_ID" in os.environ
 
 
+def cpu_has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (Linux only; else False)."""
+    try:
+        return sys.platform == "linux" and "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 def known_jaxlib() -> bool:
     """Whether the flags above are known to the installed compiler."""
     version = importlib.metadata.version("jaxlib").split(".")[:3]
@@ -46,8 +54,8 @@ def prepare(*, restart: bool = False) -> None:
     """
     if os.environ.get("JAXREASON_CPU_FLAGS") == "0" or "jax" in sys.modules:
         return
-    if sys.platform != "linux" or _accelerator_present() or not known_jaxlib():
-        return
+    if _accelerator_present() or not known_jaxlib() or not cpu_has_amx():
+        return  # Elsewhere none of this has been measured.
     if restart and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = MALLOC
         sys.stdout.flush()

@@ -1,23 +1,12 @@
 """Compute precision: one word in the config, resolved once against the device."""
 
-import platform
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxreason.core.errors import UserError
-
-
-def cpu_has_amx() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (Linux only; else False)."""
-    if platform.system() != "Linux":
-        return False
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
-            return "amx_bf16" in f.read()
-    except OSError:
-        return False
+from jaxreason.core.platform import cpu_has_amx
 
 
 def resolve_dtype(name: str, device: Any = None) -> str:
@@ -34,7 +23,10 @@ def resolve_dtype(name: str, device: Any = None) -> str:
     if device.platform == "tpu":
         return "bfloat16"
     if device.platform in ("gpu", "cuda"):
-        capability = float(getattr(device, "compute_capability", "0") or 0)
+        try:
+            capability = float(getattr(device, "compute_capability", "0") or 0)
+        except ValueError:  # ROCm names an architecture; those that JAX supports have bfloat16.
+            return "bfloat16"
         return "bfloat16" if capability >= 8.0 else "float32"
     return "bfloat16" if device.platform == "cpu" and cpu_has_amx() else "float32"
 

@@ -204,13 +204,15 @@ def resolve(cfg: ModelConfig, platform: str | None = None) -> ModelConfig:
 
 
 def cast(params, dtype):
-    """Matrices in the compute precision, norm scales as they are.
+    """Matrices in the compute precision; norm scales and the embedding stay as they are.
 
-    One cast a step: sharded parameters are then gathered in the compute precision.
+    One cast a step: sharded parameters are then gathered in the compute precision. The embedding's
+    gradient sums over every occurrence of a token, which in bfloat16 stalls at 256 terms.
     """
 
     def one(path, leaf):
-        return leaf if P.path_name(path).endswith("norm") else leaf.astype(dtype)
+        name = P.path_name(path)
+        return leaf if name.endswith("norm") or name == "embed" else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -237,7 +239,7 @@ def forward(
     if batch.get("inputs_embeds") is not None:
         x = batch["inputs_embeds"].astype(dtype)
     else:
-        x = jnp.take(params["embed"], batch["tokens"], axis=0)
+        x = jnp.take(params["embed"], batch["tokens"], axis=0).astype(dtype)
     x = shard(x, "batch", "seq", "embed")
     freq = rope.frequencies(cfg.head_width, cfg.rope_base, cfg.rope_scaling)
     cos, sin = rope.rope_tables(positions, freq)
@@ -261,7 +263,7 @@ def forward(
                 captured[i + 1] = x
         new_cache = dataclasses.replace(cache, k=tuple(keys), v=tuple(values)).advance(written)
     final = rms_norm(x, params["final_norm"], cfg.norm_eps, cfg.kernels)
-    unembed = params["embed"].T if cfg.tie_embeddings else params["unembed"]
+    unembed = params["embed"].T.astype(dtype) if cfg.tie_embeddings else params["unembed"]
     return Outputs(final, captured, unembed, cfg.logit_soft_cap, cfg.kernels, cache=new_cache)
 
 
@@ -281,8 +283,9 @@ def forward_flops(cfg: ModelConfig, seq_len: int, *, depth: int | None = None) -
     """
     d, h, g, k = cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_width
     projections = 2 * d * k * (2 * h + 2 * g)
-    span = min(cfg.window or seq_len, seq_len)
-    attend = 2 * 2 * h * k * span / 2
+    # Keys a query sees on average: half of the sequence, or nearly the window where it is short.
+    window = min(cfg.window or seq_len, seq_len)
+    attend = 2 * 2 * h * k * (window - window**2 / (2 * seq_len))
     block = projections + attend + 2 * 3 * d * cfg.d_ff
     if depth is not None:
         return int(depth * block)

@@ -122,7 +122,9 @@ def _forward(hidden_btd, unembed_dv, targets_bt, weights_bt, z_loss, soft_cap, c
 def _backward(z_loss, soft_cap, chunk, kernels, saved, cotangent):
     d_hidden, d_unembed, like = saved
     g = cotangent.loss
-    return (d_hidden * g.astype(d_hidden.dtype), (d_unembed * g).astype(like.dtype), None, None)
+    # In float32: a denominator rounded to bfloat16 would weigh this term up to 0.4 % wrong.
+    d_hidden = (d_hidden.astype(jnp.float32) * g).astype(d_hidden.dtype)
+    return (d_hidden, (d_unembed * g).astype(like.dtype), None, None)
 
 
 cross_entropy.defvjp(_forward, _backward)

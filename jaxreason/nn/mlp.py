@@ -1,6 +1,7 @@
 """Gated feed-forward layer."""
 
 import jax
+import jax.numpy as jnp
 
 from jaxreason.core.mesh import shard
 from jaxreason.core.params import ParamSpec, normal
@@ -24,5 +25,6 @@ def swiglu(p: dict[str, jax.Array], x_btd: jax.Array, kernels: str) -> jax.Array
     if kernels == "cpu":
         hidden_btf = cpu.silu_times(gate_btf, up_btf)
     else:
-        hidden_btf = jax.nn.silu(gate_btf) * up_btf
+        gate = gate_btf.astype(jnp.float32)
+        hidden_btf = (gate * cpu.sigmoid(gate)).astype(up_btf.dtype) * up_btf
     return linear(hidden_btf, p["down"], kernels)

@@ -9,6 +9,7 @@ import dataclasses
 import jax.numpy as jnp
 import optax
 
+from jaxreason.core.errors import UserError
 from jaxreason.core.objective import Objective
 from jaxreason.nn.cross_entropy import distillation
 
@@ -22,6 +23,10 @@ class Distill:
     temperature: float = 1.0
     """Softmax temperature of both models (SALT's line of work uses 1)."""
 
+    def validate(self) -> None:
+        """Raises UserError for values outside their range."""
+        _check(self.weight, self.temperature)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Salt:
@@ -33,8 +38,23 @@ class Salt:
     """Softmax temperature of both models."""
     stop_fraction: float = 0.5
     """Where the first stage ends, as a fraction of all steps (reconstructed)."""
-    stop_steps: int = 0
-    """Where the first stage ends, in steps; overrides the fraction when above 0."""
+    stop_steps: int | None = None
+    """Where the first stage ends, in steps, in place of the fraction."""
+
+    def validate(self) -> None:
+        """Raises UserError for values outside their range."""
+        _check(self.weight, self.temperature)
+        if not 0 <= self.stop_fraction <= 1:
+            raise UserError(f"method.stop_fraction is {self.stop_fraction}; expected 0 to 1")
+        if self.stop_steps is not None and self.stop_steps < 0:
+            raise UserError(f"method.stop_steps is {self.stop_steps}; expected 0 or more, or None")
+
+
+def _check(weight: float, temperature: float) -> None:
+    if not 0 <= weight <= 1:
+        raise UserError(f"method.weight is {weight}; expected 0 to 1")
+    if temperature <= 0:
+        raise UserError(f"method.temperature is {temperature}; expected above 0")
 
 
 def logit_distillation(

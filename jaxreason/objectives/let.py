@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreason.core.errors import UserError
 from jaxreason.core.objective import Objective, Schedule
 
 Interpolation = Literal["linear", "linear_align_corners"]
@@ -30,18 +31,37 @@ class Let:
     """Weight of the alignment at step 0 (paper: 0.1 is the best of 0.01, 0.1, 0.3, 1 and 3)."""
     pairing: Pairing = "L2E"
     """Teacher layer to student layer: Late or Middle to Early, Middle or Late (paper: L2E)."""
-    student_layer: int = 0
-    """The early layer k: the residual stream after block k; 0 takes round(layers / 8), at least 1
-    (reconstructed)."""
+    student_layer: int | None = None
+    """The early layer k: the residual stream after block k; None takes round(layers / 8), at least
+    1 (reconstructed)."""
     stop_fraction: float = 0.5
     """S_stop as a fraction of all steps (reconstructed)."""
-    stop_steps: int = 0
-    """S_stop in steps; overrides the fraction when above 0."""
+    stop_steps: int | None = None
+    """S_stop in steps, in place of the fraction."""
     teacher_norm: bool = True
     """Whether the late teacher state is the one after the final norm (reconstructed)."""
     interpolation: Interpolation = "linear"
     """Linear interpolation along features to the student's width (reviews of the paper), with
     torch's align_corners off or on (reconstructed: off)."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that mean nothing."""
+        if self.lambda_0 < 0:
+            raise UserError(f"method.lambda_0 is {self.lambda_0}; expected 0 or more")
+        if self.student_layer is not None and self.pairing[2] != "E":
+            raise UserError(
+                f"method.student_layer is {self.student_layer}, but the pairing {self.pairing} "
+                "names another layer; leave it out, or choose L2E or M2E"
+            )
+        check_stop(self.stop_fraction, self.stop_steps)
+
+
+def check_stop(fraction: float, steps: int | None) -> None:
+    """Raises UserError where a stage's end is neither a fraction nor a number of steps."""
+    if not 0 <= fraction <= 1:
+        raise UserError(f"method.stop_fraction is {fraction}; expected 0 to 1")
+    if steps is not None and steps < 0:
+        raise UserError(f"method.stop_steps is {steps}; expected 0 or more, or None")
 
 
 def interpolation_matrix(d_from: int, d_to: int, mode: Interpolation = "linear") -> np.ndarray:
@@ -128,7 +148,7 @@ def alignment(
 
 
 def paired_layers(
-    pairing: Pairing, student_layers: int, teacher_layers: int, early: int = 0
+    pairing: Pairing, student_layers: int, teacher_layers: int, early: int | None = None
 ) -> tuple[int, int]:
     """(student layer, teacher layer) of one of the paper's six pairings, such as `L2E`.
 
@@ -138,7 +158,7 @@ def paired_layers(
     """
     teacher = {"L": FINAL, "M": max(1, teacher_layers // 2)}[pairing[0]]
     student = {
-        "E": early or max(1, round(student_layers / 8)),
+        "E": early if early is not None else max(1, round(student_layers / 8)),
         "M": max(1, student_layers // 2),
         "L": student_layers,
     }[pairing[2]]

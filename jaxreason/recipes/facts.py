@@ -16,8 +16,8 @@ from jaxreason.core import params as P
 from jaxreason.core.errors import UserError
 from jaxreason.models import decoder
 
-# A resumed run must read the same rows; otherwise its steps mean something else.
-SAME = ("corpus_sha256", "plan_sha256", "tokenizer")
+# A resumed run must read the same rows and teacher; otherwise its steps mean something else.
+SAME = ("corpus_sha256", "plan_sha256", "tokenizer", "teacher_step")
 
 
 def _commit() -> str:
@@ -75,10 +75,11 @@ def check_same_run(directory: epath.Path, facts: dict[str, Any]) -> None:
     except ValueError:
         return  # Torn by an old kill: it is written anew.
     for name in SAME:
-        if name in before and before[name] != facts[name]:
+        got = facts.get(name)
+        if name in before and before[name] != got:
             raise UserError(
                 f"{directory} holds a run whose {name} is {str(before[name])[:12]}, this config's "
-                f"is {str(facts[name])[:12]}; choose another run.dir or use that run's config.json"
+                f"is {str(got)[:12]}; choose another run.dir or use that run's config.json"
             )
 
 

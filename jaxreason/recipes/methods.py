@@ -15,14 +15,10 @@ from jaxreason.train.phase import FrozenModel, Phase
 Method = NextToken | Let | Distill | Salt
 
 
-def stop_step(fraction: float, stop: int, steps: int, name: str) -> int:
-    """The step at which a teacher leaves, from a fraction of the run or from a number of steps."""
-    if stop < 0 or not 0 <= fraction <= 1:
-        raise UserError(
-            f"method.{name} has stop_fraction {fraction} and stop_steps {stop}; expected a "
-            "fraction in 0 to 1 or a number of steps"
-        )
-    return min(stop, steps) if stop else round(fraction * steps)
+def stop_step(method: Let | Salt, steps: int) -> int:
+    """The step at which a teacher leaves; it may lie beyond the run's end."""
+    fraction = round(method.stop_fraction * steps)
+    return fraction if method.stop_steps is None else method.stop_steps
 
 
 def let_objective(
@@ -76,14 +72,12 @@ def make_phases(
         )
     frozen = {"teacher": teacher}
     if isinstance(method, Let):
-        stop = stop_step(method.stop_fraction, method.stop_steps, steps, "Let")
+        stop = stop_step(method, steps)
         objective = let_objective(method, plain, stop, student_layers, teacher_layers)
         if teacher_hidden_flops:  # No output projection: only hidden states are aligned.
             frozen = {"teacher": dataclasses.replace(teacher, forward_flops=teacher_hidden_flops)}
-        guided = Phase("let", stop, objective, trained, frozen)
+        guided = Phase("let", min(stop, steps), objective, trained, frozen)
     else:
-        if not 0 <= method.weight <= 1:
-            raise UserError(f"method.weight is {method.weight}; expected 0 to 1")
         objective = combine(
             next_token(
                 z_loss=z_loss, chunk=chunk,
@@ -95,7 +89,7 @@ def make_phases(
         )  # fmt: skip
         stop = steps
         if isinstance(method, Salt):
-            stop = stop_step(method.stop_fraction, method.stop_steps, steps, "Salt")
+            stop = min(stop_step(method, steps), steps)
         guided = Phase("distill", stop, objective, trained, frozen)
     phases = (guided,) if guided.until else ()
     return phases if guided.until >= steps else (*phases, alone)

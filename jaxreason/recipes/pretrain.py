@@ -204,6 +204,8 @@ def build(cfg: PretrainConfig) -> Built:
     )
     if teacher is not None:
         check_tokenizer(teacher, train_data.tokenizer.fingerprint)
+        # The saved config names the very checkpoint, also when the teacher trains on.
+        cfg = dataclasses.replace(cfg, teacher=dataclasses.replace(cfg.teacher, step=teacher.step))
     specs = decoder.specs(cfg.model)
     phases = make_phases(
         cfg.method,

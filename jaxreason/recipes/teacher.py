@@ -14,7 +14,7 @@ from jaxreason.core.errors import UserError
 from jaxreason.core.mesh import param_shardings, replicated
 from jaxreason.core.precision import as_dtype
 from jaxreason.models import decoder
-from jaxreason.train import load
+from jaxreason.train import load, manifest
 from jaxreason.train.phase import FrozenModel
 
 
@@ -60,6 +60,7 @@ class Teacher:
     num_params: int
     tokenizer_fingerprint: str
     facts: dict[str, Any]
+    step: int | None = None
 
 
 def open_teacher(cfg: TeacherConfig, *, seq_len: int, dtype: str, mesh) -> Teacher | None:
@@ -83,14 +84,16 @@ def _from_run(cfg: TeacherConfig, seq_len: int, dtype: str, mesh) -> Teacher:
     from jaxreason.recipes.pretrain import PretrainConfig  # The teacher's config is one of these.
 
     folder = load.find(cfg.path, cfg.step)
-    saved = config_lib.load(load.load_config(cfg.path, step=cfg.step), [PretrainConfig])
+    saved = config_lib.load(load.load_config(folder), [PretrainConfig])
     meta = json.loads((epath.Path(folder) / "meta.json").read_text())
-    model = saved.model
+    # The forms of its parts are this device's: it may have been trained on another kind.
+    forms = dict.fromkeys(("kernels", "attention", "layers"), "auto")
+    model = decoder.resolve(dataclasses.replace(saved.model, **forms))
     specs = decoder.specs(model)
     abstract = P.abstract(specs, param_shardings(specs, mesh))
 
     def load_params():
-        return load.load(cfg.path, abstract, subtree="params/model", step=cfg.step)
+        return load.load(folder, abstract, subtree="params/model")
 
     def apply(params, batch, capture):
         return decoder.forward(params, model, batch, dtype=as_dtype(dtype), capture=capture)
@@ -102,6 +105,8 @@ def _from_run(cfg: TeacherConfig, seq_len: int, dtype: str, mesh) -> Teacher:
         num_params=P.count(specs),
         tokenizer_fingerprint=meta["model_fingerprint"]["tokenizer"],
         facts={"teacher": str(cfg.path), "teacher_step": meta["step"]},
+        # A path to one checkpoint names it already.
+        step=None if manifest.is_complete(manifest.absolute(cfg.path)) else meta["step"],
     )
 
 
@@ -119,10 +124,22 @@ def _from_factory(name: str, mesh) -> Teacher:
             f"teacher.factory {name!r} returned a {type(made).__name__}; expected a FlaxTeacher"
         )
     # Kept on the host: on the devices only while its phase lasts, every device with all of it.
-    params = jax.device_get(made.params)
-    load_params = lambda: jax.device_put(params, replicated(mesh))  # noqa: E731
+    params, foreign = jax.device_get(made.params), made.apply
+
+    def load_params():
+        return jax.device_put(params, replicated(mesh))
+
+    def apply(params, batch, capture):
+        outputs = foreign(params, batch, capture)
+        if missing := [layer for layer in capture if layer not in outputs.captured]:
+            raise UserError(
+                f"teacher.factory {name!r} gives no hidden state of layer {missing[0]}; put it "
+                "into Outputs.captured, or use a pairing of the last layer (L2E, L2M, L2L)"
+            )
+        return outputs
+
     return Teacher(
-        frozen=FrozenModel(load_params, made.apply, made.forward_flops),
+        frozen=FrozenModel(load_params, apply, made.forward_flops),
         hidden_flops=made.hidden_flops or made.forward_flops,
         num_layers=made.num_layers,
         num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),

@@ -29,7 +29,7 @@ class TrainConfig:
     log_every: int = 10
     """Steps between two rows of training metrics."""
     eval_every: int = 100
-    """Steps between two evaluations on held-out text; 0 evaluates only at the end."""
+    """Steps between two evaluations on held-out text; 0 evaluates only at the start and the end."""
     max_bad_steps: int = 10
     """Non-finite steps in a row (each skipped) after which the run stops with an error."""
 

@@ -68,7 +68,7 @@ def make_schedule(cfg: OptimConfig, steps: int, peak: float | None = None) -> op
             (optax.linear_schedule(peak, last, decay), steps - decay),
         ],
     }[cfg.schedule]
-    # Update number warm + 1 is the first at the peak; update 1 already moves.
+    # Update number `warm` is the first at the peak; update 1 already moves.
     parts = [optax.linear_schedule(peak / max(warm, 1), peak, max(warm - 1, 1)), after[0][0]]
     bounds = [warm]
     for schedule, start in after[1:]:
@@ -77,8 +77,12 @@ def make_schedule(cfg: OptimConfig, steps: int, peak: float | None = None) -> op
 
 
 def _decayed(specs) -> Any:
-    """True for matrices, False for norms and biases (by the number of axes but for layers)."""
-    return jax.tree.map(lambda s: sum(axis != "layers" for axis in s.axes) > 1, specs)
+    """True for matrices (they read or write the residual stream), False for norms and biases."""
+
+    def one(spec: ParamSpec) -> bool:
+        return "embed" in spec.axes and sum(axis != "layers" for axis in spec.axes) > 1
+
+    return jax.tree.map(one, specs)
 
 
 def _muon_dimensions(specs) -> Any:
@@ -101,17 +105,32 @@ def _muon_dimensions(specs) -> Any:
 def make_optimiser(cfg: OptimConfig, specs, steps: int) -> optax.GradientTransformation:
     """The optimiser of one parameter group described by `specs`, for a run of `steps` updates."""
     schedule = make_schedule(cfg, steps)
-    if cfg.name == "muon":
-        return optax.contrib.muon(
-            make_schedule(cfg, steps, cfg.muon_learning_rate),
-            weight_decay=cfg.weight_decay,
-            weight_decay_mask=_decayed(specs),
-            adam_b1=cfg.b1,
-            adam_b2=cfg.b2,
-            adam_weight_decay=cfg.weight_decay,
-            adam_learning_rate=schedule,
-            muon_weight_dimension_numbers=_muon_dimensions(specs),
+
+    def adamw(decayed):
+        return optax.adamw(
+            schedule, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
         )
-    return optax.adamw(
-        schedule, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=_decayed(specs)
+
+    if cfg.name == "adamw":
+        return adamw(_decayed(specs))
+    dimensions, decayed = _muon_dimensions(specs), _decayed(specs)
+    is_leaf = lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)  # noqa: E731
+    labels = jax.tree.map(lambda d: "muon" if d else "adamw", dimensions, is_leaf=is_leaf)
+
+    def here(tree):
+        """The part of a tree over all parameters that belongs to a partition's parameters."""
+        masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+        return lambda params: jax.tree.map(
+            lambda x, p: p if masked(p) else x,
+            tree,
+            params,
+            is_leaf=lambda x: is_leaf(x) or masked(x),
+        )
+
+    # optax's muon would give the rest of the parameters an AdamW without mask and eps of its own.
+    muon = optax.contrib.muon(
+        make_schedule(cfg, steps, cfg.muon_learning_rate),
+        weight_decay=cfg.weight_decay,
+        muon_weight_dimension_numbers=here(dimensions),
     )
+    return optax.partition({"muon": muon, "adamw": adamw(here(decayed))}, labels)

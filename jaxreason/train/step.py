@@ -50,11 +50,12 @@ def make_train_step(
         if clip_norm:
             scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
-        ok = jnp.isfinite(norm) & jnp.isfinite(metrics["total"][0])
-        new, opt = {}, {}
-        for group, tx in phase.optimisers.items():
-            updates, opt[group] = tx.update(grads[group], state.opt_state[group], trained[group])
-            new[group] = optax.apply_updates(trained[group], updates)
+        updates, opt = {}, {}
+        for g, tx in phase.optimisers.items():
+            updates[g], opt[g] = tx.update(grads[g], state.opt_state[g], trained[g])
+        ratios = _update_ratios(updates, trained)
+        ok = jnp.isfinite(norm + metrics["total"][0] + sum(ratios.values()))
+        new = optax.apply_updates(trained, updates)
         keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(ok, x, y), a, b)  # noqa: E731
         new_state = TrainState(
             step=state.step + 1,
@@ -64,7 +65,7 @@ def make_train_step(
             skipped=state.skipped + ~ok,
             streak=jnp.where(ok, 0, state.streak + 1),
         )
-        return new_state, _report(phase, metrics, norm, state, new_state)
+        return new_state, _report(phase, metrics, state, new_state) | ratios | {"grad_norm": norm}
 
     return train_step
 
@@ -91,17 +92,22 @@ def _accumulated(grad, trained, batch, aux, accumulate: int):
     return grads, metrics, aux
 
 
-def _report(phase: Phase, metrics, norm, old: TrainState, new: TrainState):
-    """Scalars of the step: means of the metrics, coefficients, norms by part of the model."""
+def _update_ratios(updates, params) -> dict[str, jax.Array]:
+    """Norm of the update over norm of the parameters, by part of the model."""
+    return {
+        f"update_ratio/{group}/{part}": optax.tree.norm(updates[group][part])
+        / jnp.maximum(optax.tree.norm(before), 1e-12)
+        for group in updates
+        for part, before in params[group].items()
+    }
+
+
+def _report(phase: Phase, metrics, old: TrainState, new: TrainState):
+    """Scalars of the step: means of the metrics, coefficients, counters."""
     out = {
         name: total if weight is None else total / jnp.maximum(weight, 1.0)
         for name, (total, weight) in metrics.items()
     }
     for name, schedule in phase.objective.coefficients.items():
         out[f"coefficient/{name}"] = jnp.asarray(schedule(old.step), jnp.float32)
-    for group in phase.optimisers:
-        for part, before in old.params[group].items():
-            change = jax.tree.map(jnp.subtract, new.params[group][part], before)
-            size = jnp.maximum(optax.tree.norm(before), 1e-12)
-            out[f"update_ratio/{group}/{part}"] = optax.tree.norm(change) / size
-    return out | {"grad_norm": norm, "skipped": new.skipped, "streak": new.streak}
+    return out | {"skipped": new.skipped, "streak": new.streak}

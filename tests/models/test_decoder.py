@@ -160,6 +160,22 @@ def test_cache_truncate_and_gather_equal_recomputation():
         np.testing.assert_allclose(got[i], expected, atol=2e-5)
 
 
+def test_embedding_gradient_sums_in_float32():
+    # One token 4,096 times: in bfloat16 the sum would stall.
+    cfg = dataclasses.replace(TINY, num_layers=1)
+    params = P.initialise(decoder.specs(cfg), jax.random.key(0))
+    batch = make_batch(np.full((16, 256), 7))
+
+    def table_gradient(dtype):
+        def total(p):
+            out = decoder.forward(p, cfg, batch, dtype=dtype, capture=(0,))
+            return jnp.sum(out.captured[0].astype(jnp.float32))
+
+        return jax.jit(jax.grad(total))(params)["embed"]
+
+    np.testing.assert_allclose(table_gradient(jnp.bfloat16)[7], 4096.0)
+
+
 def test_without_jit():
     params = P.initialise(decoder.specs(TINY), jax.random.key(0))
     batch = make_batch(np.random.default_rng(0).integers(0, 64, (1, 4)))

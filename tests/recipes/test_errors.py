@@ -4,6 +4,8 @@ import errno
 import hashlib
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from support import REPO, environment
@@ -95,6 +97,18 @@ WRONG = {
             "--config.teacher.path={room}/run",
         ],
         ["stop_fraction", "2"],
+    ),
+    "negative weight": (
+        ["--config.method=Let", "--config.method.lambda_0=-1", "--config.teacher.path={room}/run"],
+        ["lambda_0", "-1"],
+    ),
+    "no temperature": (
+        [
+            "--config.method=Distill",
+            "--config.method.temperature=0",
+            "--config.teacher.path={room}/run",
+        ],
+        ["temperature", "0"],
     ),
     "teacher that is not there": (
         ["--config.method=Let", "--config.teacher.path={room}/nobody"],
@@ -195,6 +209,24 @@ def test_a_folder_with_another_run(change, said, room, capsys):
     assert tree(room / "run") == before
 
 
+def test_a_teacher_that_has_trained_on(room, capsys):
+    """A run is resumed with the checkpoint it began with; the saved config still names it."""
+    command = [f"{TINY}:let", f"--config.run.dir={room}/guided", *SHORT]
+    old = [f"--config.teacher.path={room}/run", "--config.teacher.step=2"]
+    assert main([*command, *old]) == 0
+    line = fails(capsys, *command, old[0])
+    assert "teacher_step is 2" in line and "config.json" in line
+    assert main([f"--config={room}/guided/config.json"]) == 0
+
+
+def test_a_factory_that_gives_no_layers(room, capsys):
+    line = fails(
+        capsys, f"{TINY}:linen", f"--config.run.dir={room}/linen", *SHORT,
+        "--config.method.pairing=M2E",
+    )  # fmt: skip
+    assert "hidden state of layer 1" in line and "L2E" in line
+
+
 def leftovers(folder: pathlib.Path) -> list[str]:
     """Temporary names, and folders of checkpoints that were not completed."""
     names = [str(path) for path in folder.rglob("*") if path.name.endswith(".tmp")]
@@ -249,9 +281,6 @@ def test_training_that_is_not_finite_stops(room, capsys):
 
 def test_the_process_ends_with_the_code(room):
     """What a shell sees: the code, one line on stderr, nothing else."""
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-m", "jaxreason.main", TINY, "--config.train.steps=x"],
         cwd=REPO, env=environment(JAXREASON_CPU_FLAGS="0"), capture_output=True, text=True,

@@ -117,8 +117,9 @@ def test_after_its_phase_the_program_is_the_baseline(room):
         teacher = flops[arm, phase, "ours"] - flops["baseline", "next_token", "ours"]
         assert teacher > 0
         more = flops[arm, phase] - flops["baseline", "next_token"]
-        # Ours leaves out norms and the objective, and counts half of the attention's square.
-        assert 0.9 * teacher < more < 2 * teacher, f"{arm}: XLA counts {more}, we {teacher}"
+        # Ours leaves out norms and objectives, and counts half of the attention's square.
+        assert more > teacher, f"{arm}: XLA counts {more}, we {teacher}"
+        assert arm == "salt" or more < 2 * teacher, f"XLA counts {more}, we {teacher}"
 
 
 def test_one_step_without_jit(room):
@@ -126,9 +127,9 @@ def test_one_step_without_jit(room):
     built, _, batch = built_and_state(room, "let", "--config.model.num_layers=1")
     results = []
     for plain in (True, False):
+        state = built.init_state()
+        frozen = {name: model.load() for name, model in built.phases[0].frozen.items()}
         with use_mesh(built.mesh), jax.disable_jit(plain):
-            state = built.init_state()
-            frozen = {name: model.load() for name, model in built.phases[0].frozen.items()}
             new, metrics = built.step_fn(built.phases[0])(state, frozen, batch)
         results.append(({k: float(v) for k, v in metrics.items()}, new.params))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4, abs=1e-6)

@@ -163,12 +163,20 @@ def test_phases_of_the_methods():
     assert names(Let(stop_fraction=0.0)) == [plain]
     assert names(Distill()) == [("distill", 10, ["teacher"])]
     assert names(Salt(stop_fraction=0.3)) == [("distill", 3, ["teacher"]), plain]
+    # The slope of lambda(s) is that of the S_stop asked for, also where the run ends before it.
+    beyond = phases_of(Let(lambda_0=1.0, stop_steps=20))
+    assert [(p.name, p.until) for p in beyond] == [("let", 10)]
+    assert float(beyond[0].objective.coefficients["align"](10)) == 0.5
     with pytest.raises(UserError, match="stop_fraction"):
-        phases_of(Let(stop_fraction=1.5))
+        Let(stop_fraction=1.5).validate()
+    with pytest.raises(UserError, match="stop_steps"):
+        Salt(stop_steps=-1).validate()
+    with pytest.raises(UserError, match="pairing"):
+        Let(student_layer=2, pairing="L2L").validate()
     with pytest.raises(UserError, match="student_layer"):
         phases_of(Let(student_layer=3))
     with pytest.raises(UserError, match="weight"):
-        phases_of(Distill(weight=1.5))
+        Distill(weight=1.5).validate()
     with pytest.raises(UserError, match="teacher"):
         make_phases(Let(), steps=3, optimiser=optax.sgd(1.0), student_layers=2)
 
@@ -184,6 +192,14 @@ def test_muon_trains_matrices_by_orthogonal_updates():
     for layer in np.asarray(change).reshape(2, 32, 32):
         singular = np.linalg.svd(layer, compute_uv=False)
         assert singular.max() / np.median(singular) < 3  # A plain gradient's are far apart.
+    # Norms, biases and tables are AdamW's, with its mask: a norm without gradient does not move.
+    still = jax.tree.map(jnp.zeros_like, state.params["model"])
+    optimiser = phases_of(NextToken(), dataclasses.replace(cfg, weight_decay=1.0))[0].optimisers
+    tx = optimiser["model"]
+    updates, _ = tx.update(still, tx.init(state.params["model"]), state.params["model"])
+    assert np.all(np.asarray(updates["final_norm"]) == 0)
+    assert np.all(np.asarray(updates["blocks"]["attn_norm"]) == 0)
+    assert np.any(np.asarray(updates["embed"]) != 0)
     grads = jax.tree.leaves(after.opt_state)
     assert all(np.all(np.isfinite(np.asarray(g))) for g in grads if g.dtype == jnp.float32)
 
