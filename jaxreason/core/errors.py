@@ -12,6 +12,14 @@ class UserError(Exception):
     """
 
 
+class Preempted(Exception):
+    """The run saved its state and stopped because it was told to; start it again to go on."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}, which is saved; the same command goes on")
+        self.step = step
+
+
 def nearest(got: str, known: Iterable[str]) -> str:
     """Returns `; did you mean 'x'?` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(got, list(known), n=1, cutoff=0.5)

@@ -129,10 +129,6 @@ def iter_documents(cfg: ChainArithmetic) -> Iterator[Document]:
         yield Document(f"chain-{cfg.seed}-{index}", one.prompt + one.solution)
 
 
-def _operation(cfg: ChainArithmetic, draws: "_Draws") -> tuple[str, int]:
-    return cfg.operations[draws.below(len(cfg.operations))], 1 + draws.below(cfg.max_value)
-
-
 def _apply(op: str, left: int, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[op]
 

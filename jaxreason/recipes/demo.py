@@ -28,7 +28,7 @@ from jaxreason.train.runs import (
     RunData,
     difference_at_equal_steps,
     load_run,
-    steps_to_reach,
+    speedup,
 )
 
 EXPECTED = "LET below the baseline at equal steps (paper: 1.6 times fewer steps at 1.4B)"
@@ -122,9 +122,9 @@ def result(runs: dict[str, RunData]) -> Table:
         gap = speed = ""
         if name == "let":
             difference = difference_at_equal_steps(base, curve)
-            reached = steps_to_reach(curve, base[-1][1])
+            ratio = speedup(base, curve)
             gap = f"{difference[1]:+.4f}" if difference else "n/a"
-            speed = f"{base[-1][0] / reached:.2f}x" if reached else "below 1x"
+            speed = f"{ratio:.2f}x" if ratio else "n/a"
         bits = data.last("eval", "bits_per_byte")
         seconds = data.wall_time_s
         table.add_row(

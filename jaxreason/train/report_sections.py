@@ -71,13 +71,12 @@ def cards(run: RunData, baseline: RunData | None, expected: str | None) -> str:
         )
     if baseline:
         ratio = speedup(baseline.held_out, curve)
-        more = f"{escape(baseline.name)}’s steps to this loss ÷ this run’s steps"
-        if ratio is None:
-            end = baseline.held_out[-1] if baseline.held_out else None
-            reached = steps_to_reach(curve, end[1]) if end else None
-            more = f"{escape(baseline.name)} never gets to this loss"
-            if end and reached is not None:
-                more += f"; its own, of step {end[0]:,}, is reached at step {reached:,.0f}"
+        more = "steps of both to the higher of the two final losses"
+        end = baseline.held_out[-1] if baseline.held_out else None
+        reached = steps_to_reach(curve, end[1]) if end else None
+        if end and reached is not None:
+            name = escape(baseline.name)
+            more = f"{name}’s loss of step {end[0]:,} is reached at step {reached:,.0f}"
         shown.append(("Speed-up in steps", "n/a" if ratio is None else f"{ratio:.2f}×", more))
     if run.tokens is not None:
         shown.append(("Trained on", f"{quantity(run.tokens)}", f"tokens, {run.last_step:,} steps"))

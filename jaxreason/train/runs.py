@@ -143,24 +143,26 @@ def value_at(curve: Curve, step: float) -> float | None:
 
 
 def speedup(baseline_curve: Curve, method_curve: Curve) -> float | None:
-    """Returns how many times fewer steps the method took to its final held-out loss.
+    """Returns how many times fewer steps the method takes to the same held-out loss.
 
-    That is: the steps the baseline needs to first reach the method's final loss, divided by the
-    method's steps; below 1 the method is the slower one.
+    The loss is the higher of the two final ones, which both curves reach: the steps of the baseline
+    to first reach it, divided by the method's. Below 1 the method is the slower one. Where the
+    learning rate decays to its end, a curve's middle lies above what a run of that length would
+    give, so for the better run this is a lower bound; runs annealed at several lengths are exact.
 
     Args:
       baseline_curve: (step, held-out loss) of the baseline.
       method_curve: the same of the method.
 
     Returns:
-      The ratio; None where the baseline never reaches that loss (it was not trained long enough to
-      tell) or a curve has no usable points.
+      The ratio; None where a curve has no usable points.
     """
-    method = _finite(method_curve)
-    if not method or method[-1][0] <= 0:
+    baseline, method = _finite(baseline_curve), _finite(method_curve)
+    if not baseline or not method:
         return None
-    steps = steps_to_reach(baseline_curve, method[-1][1])
-    return None if steps is None else steps / method[-1][0]
+    loss = max(baseline[-1][1], method[-1][1])
+    theirs, ours = steps_to_reach(baseline, loss), steps_to_reach(method, loss)
+    return theirs / ours if theirs and ours else None
 
 
 def difference_at_equal_steps(

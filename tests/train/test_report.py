@@ -87,7 +87,6 @@ def test_speedup_by_hand():
 
 
 def test_speedup_is_none_where_it_is_unknown():
-    assert speedup([(0, 10.0), (400, 2.0)], [(100, 1.9)]) is None
     assert speedup([], [(100, 1.9)]) is None
     assert speedup([(0, 1.0)], []) is None
     assert speedup([(0, 1.0)], [(0, 1.0)]) is None
