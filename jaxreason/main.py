@@ -17,7 +17,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from jaxreason.core.errors import UserError, nearest
+from jaxreason.config import Usage
+from jaxreason.core.errors import Preempted, UserError, nearest
 from jaxreason.core.platform import compilation_cache, prepare
 
 EXIT_USER_ERROR = 2
@@ -30,8 +31,10 @@ def _start_jax() -> None:
     import jax
 
     compilation_cache()
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",")
+    tasks = int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in os.environ else 1
+    if "JAX_COORDINATOR_ADDRESS" in os.environ or hosts or tasks > 1:
+        jax.distributed.initialize()  # Cloud TPU and SLURM tell JAX the rest.
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -127,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _train(argv)
     except UserError as error:
-        usage = type(error).__name__ == "Usage"
+        usage = isinstance(error, Usage)
         print(error if usage else f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except BrokenPipeError:  # The reader of our output has gone (`--help | head`).
@@ -136,10 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        return EXIT_PREEMPTED
     except Exception as error:
-        if type(error).__name__ == "Preempted":
-            print(error, file=sys.stderr)
-            return EXIT_PREEMPTED
         if isinstance(error, OSError) and (line := _storage(error)) is not None:
             print(f"error: {line}", file=sys.stderr)
             return EXIT_USER_ERROR

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxreason.core.errors import UserError
+from jaxreason.core.params import path_name
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
 
@@ -135,6 +136,41 @@ def param_shardings(specs, mesh: Mesh, rules: Rules = PARAM_RULES):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of a batch's leading axis; other axes whole (the sequence is cut inside)."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def check_divides(specs, mesh: Mesh, rules: Rules = PARAM_RULES) -> None:
+    """Raises UserError where a parameter's axis cannot be cut into its mesh axes.
+
+    Key and value heads may be fewer than the tensor axis: they stay whole on every device.
+    """
+    for path, spec in jax.tree_util.tree_leaves_with_path(specs):
+        for axis, size in zip(spec.axes, spec.shape, strict=True):
+            names: tuple[str, ...] = getattr(rules, axis) if axis else ()
+            total = math.prod(mesh.shape[n] for n in names)
+            if size % total and axis != "kv_heads":
+                raise UserError(
+                    f"parameter {path_name(path)} has {size} along {axis}, mesh.{names[0]} is "
+                    f"{total}; choose a mesh.{names[0]} that divides it"
+                )
+
+
+def check_hosts_rows(mesh: Mesh, batch_size: int) -> None:
+    """Raises UserError unless each host's devices hold just the block of rows that it reads."""
+    hosts = jax.process_count()
+    if hosts == 1:
+        return
+    rows = batch_size // hosts
+    first = jax.process_index() * rows
+    here: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    slices: list[Any] = [index[0] for index in here if index]
+    starts = {part.start or 0 for part in slices}
+    stops = {part.stop or batch_size for part in slices}
+    if not slices or min(starts) != first or max(stops) != first + rows:
+        raise UserError(
+            f"on {hosts} hosts the mesh gives host {jax.process_index()} rows "
+            f"{min(starts)} to {max(stops)} of the batch, it reads {first} to {first + rows}; make "
+            "mesh.data x mesh.fsdp a multiple of the number of hosts"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -2,7 +2,7 @@
 
 from jaxreason.core.text import Bytes, HfJson, SentencePiece
 from jaxreason.data.chain import ChainArithmetic
-from jaxreason.data.config import DataConfig, Weighted
+from jaxreason.data.config import DataConfig, Weighted, check
 from jaxreason.data.pipeline import Dataset, build
 from jaxreason.data.sources import ArrayRecords, JsonlFiles, Stdlib, TextFiles, Tfds
 
@@ -20,4 +20,5 @@ __all__ = [
     "Tfds",
     "Weighted",
     "build",
+    "check",
 ]

@@ -1,5 +1,6 @@
 """What is true of a whole run: hashes, sizes, versions, the command; kept in `facts.json`."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 import jaxreason
 from jaxreason.core import params as P
 from jaxreason.core.errors import UserError
 from jaxreason.models import decoder
+from jaxreason.train.hosts import any_host
 
 # A resumed run must read the same rows and teacher; otherwise its steps mean something else.
 SAME = ("corpus_sha256", "plan_sha256", "tokenizer", "teacher_step")
@@ -24,7 +28,7 @@ def _commit() -> str:
     here = Path(jaxreason.__file__).parent
     try:
         out = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"],
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
             capture_output=True, text=True, timeout=10, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
@@ -45,6 +49,9 @@ def collect(built: Any, command: str) -> dict[str, Any]:
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         "device": f"{len(jax.devices())} x {device.device_kind}",
         "cpu_cores": os.cpu_count(),
+        "kernels": built.model.kernels,
+        "attention": built.model.attention,
+        "layers": built.model.layers,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "seed": cfg.run.seed,
         "expected": cfg.run.expected,
@@ -81,6 +88,23 @@ def check_same_run(directory: epath.Path, facts: dict[str, Any]) -> None:
                 f"{directory} holds a run whose {name} is {str(before[name])[:12]}, this config's "
                 f"is {str(got)[:12]}; choose another run.dir or use that run's config.json"
             )
+
+
+def check_same_on_hosts(facts: dict[str, Any]) -> None:
+    """Raises UserError where this host reads other data than the first one.
+
+    The standard library's text, for one, depends on the host's Python.
+    """
+    if jax.process_count() == 1:
+        return
+    here = hashlib.sha256("".join(str(facts[name]) for name in SAME[:3]).encode()).digest()
+    mine = np.frombuffer(here, np.uint8)
+    first = np.asarray(multihost_utils.broadcast_one_to_all(mine))
+    if any_host(not np.array_equal(mine, first)):
+        raise UserError(
+            "the hosts read different data (corpus, plan or tokenizer); give all of them the same "
+            "files and the same Python version"
+        )
 
 
 def save(facts: dict[str, Any], directory: epath.Path) -> None:

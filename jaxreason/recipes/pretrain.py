@@ -8,11 +8,11 @@ where the newest sound checkpoint stands.
 import contextlib
 import dataclasses
 import functools
-import os
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,10 +23,12 @@ from jaxreason import config as config_lib
 from jaxreason import data
 from jaxreason.core import flops, rng
 from jaxreason.core import params as P
-from jaxreason.core.errors import UserError
+from jaxreason.core.errors import Preempted, UserError
 from jaxreason.core.mesh import (
     MeshConfig,
     batch_sharding,
+    check_divides,
+    check_hosts_rows,
     make_mesh,
     param_shardings,
     use_mesh,
@@ -39,6 +41,7 @@ from jaxreason.models.decoder import ModelConfig
 from jaxreason.objectives.lm import NextToken
 from jaxreason.recipes import facts as facts_lib
 from jaxreason.recipes.methods import Method, make_phases
+from jaxreason.recipes.resume import check_config, check_folder
 from jaxreason.recipes.teacher import TeacherConfig, check_tokenizer, open_teacher
 from jaxreason.train import state as state_lib
 from jaxreason.train.checkpoint import CheckpointConfig, Checkpointer
@@ -64,6 +67,8 @@ class RunConfig:
     """Heading of the report."""
     expected: str = ""
     """The number to expect and where it is from, shown in the report."""
+    allow_changes: bool = False
+    """Go on in a folder whose config differs; the run is then neither of the two."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +93,7 @@ class PretrainConfig:
     """When to save, what to keep."""
     mesh: MeshConfig = MeshConfig()
     """Parallelism."""
-    compute_dtype: str = "auto"
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """auto, bfloat16 or float32; parameters are always float32."""
     z_loss: float = 0.0
     """Weight of the squared log-partition (PaLM uses 1e-4)."""
@@ -97,10 +102,6 @@ class PretrainConfig:
 
     def validate(self) -> None:
         """Raises UserError for parts that do not fit together."""
-        if self.compute_dtype not in ("auto", "bfloat16", "float32"):
-            raise UserError(
-                f"compute_dtype is {self.compute_dtype!r}; expected auto, bfloat16 or float32"
-            )
         if self.data.batch_size % self.train.accumulate:
             raise UserError(
                 f"data.batch_size {self.data.batch_size} is not a multiple of train.accumulate "
@@ -109,7 +110,11 @@ class PretrainConfig:
 
 
 def resolve(cfg: PretrainConfig, vocab_size: int) -> PretrainConfig:
-    """Fills in what the device and the tokenizer decide, so that the saved config is whole."""
+    """Fills in what decides numbers: the vocabulary's size and the compute precision.
+
+    The forms of the parts (`model.kernels` and the like) stay `auto` where they are, so that the
+    saved config runs on another kind of device; `facts.json` records what they were.
+    """
     needed = -(-vocab_size // 64) * 64
     if not cfg.model.vocab_size:
         model = dataclasses.replace(cfg.model, vocab_size=needed)
@@ -120,7 +125,6 @@ def resolve(cfg: PretrainConfig, vocab_size: int) -> PretrainConfig:
         )
     else:
         model = cfg.model
-    model = decoder.resolve(model)
     return dataclasses.replace(cfg, model=model, compute_dtype=resolve_dtype(cfg.compute_dtype))
 
 
@@ -129,7 +133,9 @@ class Built:
     """A run's parts, ready for the loop or for compiling alone."""
 
     cfg: PretrainConfig
+    model: ModelConfig
     mesh: Any
+    shardings: state_lib.TrainState
     phases: tuple[Phase, ...]
     train_data: data.Dataset
     held_out: data.Dataset
@@ -146,7 +152,7 @@ class Built:
     def forward(self, params, batch: Mapping[str, Any], capture: tuple[int, ...] = ()):
         """The trained model on a batch."""
         return decoder.forward(
-            params["model"], self.cfg.model, batch, dtype=self.dtype, capture=capture
+            params["model"], self.model, batch, dtype=self.dtype, capture=capture
         )
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -168,7 +174,7 @@ class Built:
             accumulate=self.cfg.train.accumulate,
             clip_norm=self.cfg.optim.clip_norm,
         )
-        return jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     @functools.cached_property
     def _eval_step(self):
@@ -188,6 +194,7 @@ class Built:
 
 def build(cfg: PretrainConfig) -> Built:
     """Opens the data, the teacher and the mesh, and describes the state; trains nothing."""
+    data.check(cfg.data, jax.process_count())
     mesh = make_mesh(cfg.mesh)
     rows = mesh.shape["data"] * mesh.shape["fsdp"] * cfg.train.accumulate
     if cfg.data.batch_size % rows:
@@ -195,6 +202,7 @@ def build(cfg: PretrainConfig) -> Built:
             f"data.batch_size {cfg.data.batch_size} is not a multiple of mesh.data x mesh.fsdp x "
             f"train.accumulate = {rows}; change one of them"
         )
+    check_hosts_rows(mesh, cfg.data.batch_size)
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     train_data = data.build(cfg.data, split="train", **hosts)
     held_out = data.build(cfg.data, split="held_out", **hosts)
@@ -206,7 +214,9 @@ def build(cfg: PretrainConfig) -> Built:
         check_tokenizer(teacher, train_data.tokenizer.fingerprint)
         # The saved config names the very checkpoint, also when the teacher trains on.
         cfg = dataclasses.replace(cfg, teacher=dataclasses.replace(cfg.teacher, step=teacher.step))
-    specs = decoder.specs(cfg.model)
+    model = decoder.resolve(cfg.model, mesh.devices.flat[0].platform)
+    specs = decoder.specs(model)
+    check_divides(specs, mesh)
     phases = make_phases(
         cfg.method,
         steps=cfg.train.steps,
@@ -232,7 +242,9 @@ def build(cfg: PretrainConfig) -> Built:
     )
     return Built(
         cfg=cfg,
+        model=model,
         mesh=mesh,
+        shardings=shardings,
         phases=phases,
         train_data=train_data,
         held_out=held_out,
@@ -240,22 +252,22 @@ def build(cfg: PretrainConfig) -> Built:
         init_state=jax.jit(create, out_shardings=shardings),
         teacher=teacher,
         fingerprint={
-            "model": dataclasses.asdict(cfg.model),
+            "model": {
+                name: value
+                for name, value in dataclasses.asdict(cfg.model).items()
+                if name not in ("kernels", "attention", "layers", "remat")
+            },
             "tokenizer": train_data.tokenizer.fingerprint,
         },
     )
 
 
-def check_folder(directory: epath.Path) -> None:
-    """Raises UserError, before any work, where a local folder could not be written."""
-    if "://" in str(directory):
-        return
-    there = next((path for path in (directory, *directory.parents) if path.exists()), directory)
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        what = "not writable" if there.is_dir() else "a file"
-        raise UserError(
-            f"run.dir is {directory}, but {there} is {what}; choose another folder for the run"
-        )
+def never_best(cfg: PretrainConfig) -> bool:
+    """Whether no periodic save is also evaluated, so that `keep_best` has nothing to compare."""
+    saves, evaluations = cfg.checkpoint.every_steps, cfg.train.eval_every
+    if not cfg.checkpoint.keep_best or not saves or saves > cfg.train.steps:
+        return False
+    return not evaluations or math.lcm(saves, evaluations) > cfg.train.steps
 
 
 def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:
@@ -269,6 +281,8 @@ def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:
     config_json = config_lib.dump(cfg)
     facts = facts_lib.collect(built, command or shlex.join([sys.executable, *sys.argv]))
     facts_lib.check_same_run(directory, facts)
+    facts_lib.check_same_on_hosts(facts)
+    check_config(directory, cfg)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -290,6 +304,11 @@ def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:
         restored = checkpointer.latest(built.abstract_state)
         state = built.init_state() if restored is None else restored.state
         start = 0 if restored is None else restored.step
+        if start > cfg.train.steps:
+            raise UserError(
+                f"{directory} holds a run of {start} steps, train.steps is {cfg.train.steps}; "
+                "choose another run.dir"
+            )
         log = stack.enter_context(MetricsLog(directory))
         log.truncate_after(start if restored else -1)
         if jax.process_index() == 0:
@@ -303,6 +322,8 @@ def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:
             progress.note(f"passed over a damaged checkpoint: {line}")
         if restored:
             progress.note(f"goes on after step {start}")
+        if start == 0 and never_best(cfg):
+            progress.note("checkpoint.keep_best keeps nothing: no save falls on an evaluation")
         peak = flops.peak_flops()
         state = train(
             Run(
@@ -327,11 +348,3 @@ def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:
     if done < cfg.train.steps:
         raise Preempted(done)
     return report_for_run(directory) if jax.process_index() == 0 else directory
-
-
-class Preempted(Exception):
-    """The run saved its state and stopped because it was told to; start it again to go on."""
-
-    def __init__(self, step: int):
-        super().__init__(f"stopped after step {step}, which is saved; the same command goes on")
-        self.step = step

@@ -44,7 +44,8 @@ class CheckpointConfig:
     keep_last: int = 2
     """Number of newest checkpoints kept; at least 1, and 2 survive damage to the newest."""
     keep_best: int = 1
-    """Number of checkpoints with the best `metric` kept besides the newest ones."""
+    """Number of checkpoints with the best `metric` kept besides the newest ones; only those saved
+    at a step that is also evaluated have one."""
     metric: str = "loss"
     """Name of the metric that `keep_best` compares; lower is better."""
     async_: bool = True

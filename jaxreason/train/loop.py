@@ -70,15 +70,31 @@ class Run:
 
 @dataclasses.dataclass
 class Clock:
-    """Seconds by what they were spent on; `compute` is what remains."""
+    """Seconds of training, without compiling, evaluating and saving.
 
+    `total` since the run (or its resumption) began; `seconds`, `data` (waiting for a batch) and
+    `steps` since the last row.
+    """
+
+    total: float = 0.0
+    seconds: float = 0.0
     data: float = 0.0
     steps: int = 0
-    since: float = dataclasses.field(default_factory=time.perf_counter)
+    since: float | None = None
 
-    def restart(self) -> None:
-        """Begins a new interval, leaving out what was not training."""
-        self.data, self.steps, self.since = 0.0, 0, time.perf_counter()
+    def start(self) -> None:
+        """Goes on counting."""
+        self.since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stops counting; what has passed is kept."""
+        if self.since is not None:
+            passed = time.perf_counter() - self.since
+            self.total, self.seconds, self.since = self.total + passed, self.seconds + passed, None
+
+    def new_row(self) -> None:
+        """Begins the next row's interval."""
+        self.seconds, self.data, self.steps = 0.0, 0.0, 0
 
 
 def flops_until(run: Run, step: int) -> float:
@@ -112,8 +128,7 @@ class _Loop:
 
     def __init__(self, run: Run, state: TrainState, start: int):
         self.run, self.state, self.step = run, state, start
-        self.seconds, self.stopped = 0.0, False
-        self.clock = Clock()
+        self.stopped, self.clock = False, Clock()
         self.pending: tuple[int, Any] | None = None
         self.results: dict[str, float] | None = None
         if start == 0:
@@ -125,28 +140,30 @@ class _Loop:
         frozen = {name: model.load() for name, model in phase.frozen.items()}
         began, first = time.perf_counter(), True
         batches = run.batches(self.step, stop)
-        self.clock.restart()
         while True:
             waited = time.perf_counter()
             item = next(batches, None)
-            self.clock.data += time.perf_counter() - waited
+            ready = time.perf_counter()
             if item is None:
                 break
             self.state, metrics = step_fn(self.state, frozen, item[1])
             self.drain()  # The row before: the device already works on the next step.
             self.step += 1
-            self.clock.steps += 1
             self.pending = (self.step, metrics)
-            if first:
+            if first:  # It compiles, and counts for no pace.
                 jax.block_until_ready(metrics["grad_norm"])
                 compile_s = time.perf_counter() - began
                 run.progress.note(f"phase {phase.name}: first step after {compile_s:.1f} s")
-                self.clock.restart()
+                self.clock.start()
                 first = False
+            else:
+                self.clock.data += ready - waited
+                self.clock.steps += 1
             self.boundary()
             if self.stopped:
                 break
         self.drain()
+        self.clock.stop()
 
     def boundary(self) -> None:
         """After an update: evaluation, checkpoint, preemption."""
@@ -158,13 +175,14 @@ class _Loop:
         if not (evaluate or save):
             return
         self.drain()
+        self.clock.stop()
         if evaluate:
             self.evaluate()
         if save:
             run.log.flush()
             run.checkpointer.save(self.step, self.state, self.results if evaluate else None)
         self.stopped = stop and not last
-        self.clock.restart()
+        self.clock.start()
 
     def evaluate(self) -> None:
         self.results = self.run.evaluate(self.state)
@@ -193,27 +211,34 @@ class _Loop:
             return
         values = {name: float(value) for name, value in metrics.items() if name != "streak"}
         values["loss"] = values.pop("nll", values["total"])
-        elapsed = time.perf_counter() - self.clock.since
-        steps = self.clock.steps
-        timing = {}
-        if steps:
-            self.seconds += elapsed
-            pace = steps / elapsed
-            timing = {
+        # Skipped steps did not advance the schedule.
+        updates = step - 1 - int(metrics["skipped"])
+        values["learning_rate"] = float(run.learning_rate(max(updates, 0)))
+        values |= {"tokens": step * run.tokens_per_step, "flops": flops_until(run, step)}
+        timing = self.timing(step)
+        run.log.write(step, "train", **values, **timing)
+        run.progress.update(step, **{k: v for k, v in (values | timing).items() if k in SHOWN})
+
+    def timing(self, step: int) -> dict[str, float]:
+        """The row's `time_*` fields, of the interval since the row before."""
+        run, clock = self.run, self.clock
+        running = clock.since is not None
+        clock.stop()
+        out = {"time_s": clock.total}
+        if clock.steps:
+            pace = clock.steps / clock.seconds
+            out |= {
                 "time_tokens_per_s": pace * run.tokens_per_step,
                 "time_step_s": 1 / pace,
-                "time_data_s": self.clock.data / steps,
+                "time_data_s": clock.data / clock.steps,
             }
             if run.peak_flops:
                 phase = run.phases[active(run.phases, step - 1)]
-                timing["time_mfu"] = pace * run.flops(phase) / run.peak_flops
-            self.clock.restart()
-        run.log.write(
-            step, "train", **values, learning_rate=float(run.learning_rate(step - 1)),
-            tokens=step * run.tokens_per_step, flops=flops_until(run, step),
-            time_s=self.seconds, **timing,
-        )  # fmt: skip
-        run.progress.update(step, **{k: v for k, v in (values | timing).items() if k in SHOWN})
+                out["time_mfu"] = pace * run.flops(phase) / run.peak_flops
+        clock.new_row()
+        if running:
+            clock.start()
+        return out
 
     def finish(self) -> None:
         self.drain()

@@ -196,15 +196,20 @@ def test_teacher_with_another_vocabulary(room, capsys):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("--config.model.d_model=40", "another model"),
+        ("--config.model.d_model=40", "model.d_model 24"),
+        ("--config.model.d_model=40 --config.run.allow_changes=true", "another model"),
+        ("--config.optim.learning_rate=0.5", "optim.learning_rate 0.01"),
+        ("--config.train.steps=3", "train.steps"),
+        ("--config.train.steps=1 --config.run.allow_changes=true", "train.steps is 1"),
         ("--config.data.seed=5", "plan_sha256"),
         ("--config.data.held_out_fraction=0.2", "corpus_sha256"),
-        ("--config.optim.name=muon", "another model"),
+        ("--config.optim.name=muon", "optim.name 'adamw'"),
+        ("--config.optim.name=muon --config.run.allow_changes=true", "another model"),
     ],
 )
 def test_a_folder_with_another_run(change, said, room, capsys):
     before = tree(room / "run")
-    line = fails(capsys, f"{TINY}:teacher", *SHORT, f"--config.run.dir={room}/run", change)
+    line = fails(capsys, f"{TINY}:teacher", *SHORT, f"--config.run.dir={room}/run", *change.split())
     assert said in line and ("run folder" in line or "run.dir" in line or "config" in line)
     assert tree(room / "run") == before
 

@@ -72,14 +72,16 @@ def test_the_folder_holds_what_it_should(room):
 
 
 def test_the_saved_config_replays(room):
-    """The same losses from config.json alone: nothing was left to the command line or `auto`."""
+    """The same losses from config.json alone: what decides numbers was not left to `auto`."""
     command = [f"--config={room}/let/config.json", f"--config.run.dir={room}/again"]
     assert main(command) == 0
     first, again = (without_time(read_metrics(room / name)) for name in ("let", "again"))
     assert again == first
     one, two = (json.loads((room / name / "config.json").read_text()) for name in ("let", "again"))
     assert one["run"].pop("dir") != two["run"].pop("dir") and one == two
-    assert "auto" not in {one["compute_dtype"], *map(str, one["model"].values())}
+    assert one["compute_dtype"] == "float32" and one["model"]["vocab_size"] > 0
+    facts = json.loads((room / "let" / "facts.json").read_text())
+    assert (facts["kernels"], facts["attention"], facts["layers"]) == ("cpu", "cpu", "unroll")
 
 
 def test_facts(room):

@@ -1,0 +1,79 @@
+"""What a run's folder may hold when a run starts in it."""
+
+import os
+
+from etils import epath
+
+from jaxreason import config as config_lib
+from jaxreason.core.errors import UserError
+
+# Fields that change neither the numbers nor what a step means: where things run, how often they
+# are looked at and kept. Everything else must be as it was.
+FREE = (
+    "run.dir",
+    "run.title",
+    "run.expected",
+    "run.allow_changes",
+    "train.log_every",
+    "train.eval_every",
+    "train.max_bad_steps",
+    "train.accumulate",
+    "checkpoint",
+    "mesh",
+    "data.prefetch",
+    "data.cache_dir",
+    "data.path",
+    "data.held_out_batches",
+    "teacher.path",
+    "model.kernels",
+    "model.attention",
+    "model.layers",
+    "model.remat",
+    "logit_chunk",
+)
+
+
+def check_folder(directory: epath.Path) -> None:
+    """Raises UserError, before any work, where a local folder could not be written."""
+    if "://" in str(directory):
+        return
+    there = next((path for path in (directory, *directory.parents) if path.exists()), directory)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "not writable" if there.is_dir() else "a file"
+        raise UserError(
+            f"run.dir is {directory}, but {there} is {what}; choose another folder for the run"
+        )
+
+
+def changes(directory: epath.Path, cfg) -> list[tuple[str, object, object]]:
+    """The fields (path, saved, now) in which a folder's config differs where it must not."""
+    path = directory / "config.json"
+    if not path.exists():
+        return []
+    saved = config_lib.load(path.read_text(), [type(cfg)], where=str(path))
+    found = config_lib.diff(saved, cfg)
+    # data.path and teacher.path may be another name of the same: their content has been compared.
+    free = tuple(f"config.{name}" for name in FREE)
+    return [
+        change
+        for change in found
+        if not any(change[0] == name or change[0].startswith(f"{name}.") for name in free)
+    ]
+
+
+def check_config(directory: epath.Path, cfg) -> None:
+    """Raises UserError where the folder holds a run of another config.
+
+    A run that goes on with other settings would be neither of the two, and its config.json would
+    say nothing about its first part.
+    """
+    differing = changes(directory, cfg)
+    if not differing or cfg.run.allow_changes:
+        return
+    path, saved, now = differing[0]
+    more = f" (and {len(differing) - 1} more fields)" if len(differing) > 1 else ""
+    raise UserError(
+        f"{directory} holds a run with {path.removeprefix('config.')} {saved!r}, this config has "
+        f"{now!r}{more}; choose another run.dir, use that run's config.json, or set "
+        "run.allow_changes=true"
+    )
