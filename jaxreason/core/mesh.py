@@ -145,7 +145,7 @@ def check_divides(specs, mesh: Mesh, rules: Rules = PARAM_RULES) -> None:
     """
     for path, spec in jax.tree_util.tree_leaves_with_path(specs):
         for axis, size in zip(spec.axes, spec.shape, strict=True):
-            names: tuple[str, ...] = getattr(rules, axis) if axis else ()
+            names = list(getattr(rules, axis)) if axis else []
             total = math.prod(mesh.shape[n] for n in names)
             if size % total and axis != "kv_heads":
                 raise UserError(
