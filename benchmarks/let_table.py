@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 
+from jaxreason.train.runs import load_run
+
 TUNING_SEED = 100
 SEEDS = (1, 2, 3)
 FRACTIONS = (0.5, 0.625, 0.75, 0.875)
@@ -32,6 +34,7 @@ TUNING = {
     "salt": [{"method.weight": v} for v in (0.1, 0.3, 0.5, 0.8)],
     "l2l": [{"method.lambda_0": v} for v in (0.1, 0.3, 1.0, 3.0)],
 }
+FACTS = ("commit", "version", "python", "jax", "jaxlib", "device", "corpus_sha256")
 # Two-sided 95 % points of Student's t, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
@@ -63,7 +66,7 @@ def rows(name: str, kind: str) -> list[dict]:
 
 
 def complete(name: str) -> bool:
-    """Whether a run has its report, which is written last."""
+    """Whether a run has its report, which is written last; a name holds the run's settings."""
     return (ROOT / name / "report.html").exists()
 
 
@@ -103,11 +106,21 @@ def tuning_jobs(arms: list[str]) -> list[Job]:
     return jobs
 
 
+def setting(arm: str) -> dict:
+    """An arm's tuned setting, learning rate included."""
+    return best_rate() | best(arm)
+
+
+def main_name(arm: str, seed: int, fraction: float = 1.0) -> str:
+    """The folder of a run of the table."""
+    part = "" if fraction == 1.0 else f"-part{fraction:g}"
+    return f"{arm}-{label(setting(arm))}{part}-seed{seed}"
+
+
 def main_jobs() -> list[Job]:
     """Every arm with its tuned setting, seed by seed, so that a stop leaves whole comparisons."""
-    rate = best_rate()
     return [
-        Job(f"{arm}-seed{seed}", arm, seed, tuple((rate | best(arm)).items()))
+        Job(main_name(arm, seed), arm, seed, tuple(setting(arm).items()))
         for seed in SEEDS
         for arm in TUNING
     ]
@@ -115,13 +128,16 @@ def main_jobs() -> list[Job]:
 
 def annealed_jobs() -> list[Job]:
     """LET with its whole schedule (learning rate, S_stop) squeezed into a part of the steps."""
-    setting = best_rate() | best("let")
     return [
         Job(
-            f"let-{fraction:g}-seed{seed}",
+            main_name("let", seed, fraction),
             "let",
             seed,
-            (*setting.items(), ("train.steps", round(STEPS * fraction)), ("train.eval_every", 0)),
+            (
+                *setting("let").items(),
+                ("train.steps", round(STEPS * fraction)),
+                ("train.eval_every", 0),
+            ),
         )
         for seed in SEEDS
         for fraction in FRACTIONS
@@ -152,12 +168,37 @@ def interval(differences: list[float]) -> dict:
     return {"mean": mean, "half_width_95": T95[len(differences) - 1] * error, "each": differences}
 
 
-def crossing(points: list[tuple[float, float]], loss: float) -> float | None:
-    """The fraction of the budget at which annealed runs reach `loss`, by straight lines."""
+def annealed_speed_up(points: list[tuple[float, float]], loss: float) -> str:
+    """How many times fewer steps reach `loss`, from annealed runs (fraction of the steps, loss)."""
     for (f0, l0), (f1, l1) in zip(points, points[1:]):
-        if (l0 - loss) * (l1 - loss) <= 0 and l0 != l1:
-            return f0 + (f1 - f0) * (l0 - loss) / (l0 - l1)
-    return None
+        if l0 > loss >= l1:
+            return f"{1 / (f0 + (f1 - f0) * (l0 - loss) / (l0 - l1)):.3f}"
+    return f"above {1 / points[0][0]:.3f}" if points[0][1] <= loss else "below 1"
+
+
+def arm_summary(arm: str) -> dict:
+    """Losses, cost and, against the baseline of the same seed, differences of one arm."""
+    names = {seed: main_name(arm, seed) for seed in SEEDS if complete(main_name(arm, seed))}
+    last = {seed: rows(name, "eval")[-1] for seed, name in names.items()}
+    runs = {seed: load_run(ROOT / name) for seed, name in names.items()}
+    entry: dict = {
+        "setting": setting(arm),
+        "loss": {seed: row["loss"] for seed, row in last.items()},
+        "bits_per_byte": {seed: row["bits_per_byte"] for seed, row in last.items()},
+        "flops": {seed: data.flops for seed, data in runs.items()},
+        "flops_without_teacher": {
+            seed: data.last_step * data.facts["flops_per_step"] for seed, data in runs.items()
+        },
+        "wall_s": {seed: data.wall_time_s for seed, data in runs.items()},
+        "curve": {seed: data.held_out for seed, data in runs.items()},
+        "facts": {seed: {k: data.facts[k] for k in FACTS} for seed, data in runs.items()},
+    }
+    pairs = [seed for seed in names if complete(main_name("baseline", seed))]
+    if arm != "baseline" and pairs:
+        entry["minus_baseline"] = interval(
+            [last[seed]["loss"] - final_loss(main_name("baseline", seed)) for seed in pairs]
+        )
+    return entry
 
 
 def summary() -> dict:
@@ -169,42 +210,18 @@ def summary() -> dict:
             for c in settings
             if complete(f"tune-{arm}-{label(c)}")
         ]
-    for arm in TUNING:
-        done = [seed for seed in SEEDS if complete(f"{arm}-seed{seed}")]
-        if not done:
-            continue
-        pairs = [seed for seed in done if complete(f"baseline-seed{seed}")]
-        names = [f"{arm}-seed{seed}" for seed in done]
-        entry = {
-            "seeds": done,
-            "loss": {seed: final_loss(f"{arm}-seed{seed}") for seed in done},
-            "bits_per_byte": {
-                seed: rows(f"{arm}-seed{seed}", "eval")[-1]["bits_per_byte"] for seed in done
-            },
-            "flops": rows(names[0], "train")[-1]["flops"],
-            "wall_s": [rows(name, "train")[-1]["time_s"] for name in names],
-            "curve": {
-                seed: [(r["step"], r["loss"]) for r in rows(f"{arm}-seed{seed}", "eval")]
-                for seed in done
-            },
-        }
-        if arm != "baseline" and pairs:
-            entry["minus_baseline"] = interval(
-                [final_loss(f"{arm}-seed{s}") - final_loss(f"baseline-seed{s}") for s in pairs]
-            )
-        out["arms"][arm] = entry
-    for seed in SEEDS:
-        points = [
-            (fraction, final_loss(f"let-{fraction:g}-seed{seed}"))
-            for fraction in FRACTIONS
-            if complete(f"let-{fraction:g}-seed{seed}")
-        ]
-        if complete(f"let-seed{seed}") and points:
-            points.append((1.0, final_loss(f"let-seed{seed}")))
-        if points and complete(f"baseline-seed{seed}"):
-            fraction = crossing(points, final_loss(f"baseline-seed{seed}"))
-            speedup = None if fraction is None else 1 / fraction
-            out["annealed"][seed] = {"points": points, "speed_up": speedup}
+    tuned = [arm for arm in TUNING if len(out["tuning"][arm]) == len(TUNING[arm])]
+    if "baseline" in tuned:
+        for arm in tuned:
+            out["arms"][arm] = arm_summary(arm)
+    if {"baseline", "let"} <= set(tuned):
+        for seed in SEEDS:
+            names = {f: main_name("let", seed, f) for f in (*FRACTIONS, 1.0)}
+            points = [(f, final_loss(name)) for f, name in names.items() if complete(name)]
+            base = main_name("baseline", seed)
+            if len(points) == len(names) and complete(base):
+                speed_up = annealed_speed_up(points, final_loss(base))
+                out["annealed"][seed] = {"points": points, "speed_up": speed_up}
     if complete("teacher"):
         facts = json.loads((ROOT / "teacher" / "facts.json").read_text())
         last = rows("teacher", "train")[-1]
@@ -213,8 +230,7 @@ def summary() -> dict:
             "flops": last["flops"],
             "tokens": last["tokens"],
             "params_non_embedding": facts["params_non_embedding"],
-            "versions": {k: facts[k] for k in ("jax", "jaxlib", "python", "version", "commit")},
-            "corpus_sha256": facts["corpus_sha256"],
+            "facts": {k: facts[k] for k in FACTS},
         }
     return out
 

@@ -14,7 +14,7 @@ from jaxreason.core.mesh import shard
 from jaxreason.core.outputs import Outputs
 from jaxreason.core.params import ParamSpec
 from jaxreason.nn import kv_cache, rope
-from jaxreason.nn.attention import attention
+from jaxreason.nn.attention import attention, make_mask
 from jaxreason.nn.linear import linear, resolve_kernels
 from jaxreason.nn.mlp import swiglu, swiglu_specs
 from jaxreason.nn.norm import rms_norm, rms_norm_specs
@@ -160,15 +160,15 @@ def _block(cfg: ModelConfig, context, p, x_btd: jax.Array, layer):
     return shard(x_btd + swiglu(p["mlp"], h, cfg.kernels), "batch", "seq", "embed"), cache
 
 
-def _attend_to_batch(cfg: ModelConfig, positions, segments):
+def _attend_to_batch(cfg: ModelConfig, positions, segments, dtype):
+    mask = make_mask(
+        q_positions=positions, kv_positions=positions, q_segments=segments, kv_segments=segments,
+        window=cfg.window, backend=cfg.attention, dtype=dtype,
+    )  # fmt: skip
+
     def attend(q, k, v, _):
-        o = attention(
-            q, k, v,
-            q_positions=positions, kv_positions=positions,
-            q_segments=segments, kv_segments=segments,
-            window=cfg.window, soft_cap=cfg.attention_soft_cap, backend=cfg.attention,
-        )  # fmt: skip
-        return o, ()
+        soft_cap, backend = cfg.attention_soft_cap, cfg.attention
+        return attention(q, k, v, mask, soft_cap=soft_cap, backend=backend), ()
 
     return attend
 
@@ -177,14 +177,17 @@ def _attend_to_cache(cfg: ModelConfig, positions, segments, cache: kv_cache.KVCa
     slots = jnp.arange(cache.capacity)[None, :]
     written = (segments > 0).sum(axis=1).astype(jnp.int32)
     stored = (slots < (cache.lengths + written)[:, None]).astype(jnp.int32)
+    mask = make_mask(
+        q_positions=positions, kv_positions=jnp.broadcast_to(slots, stored.shape),
+        q_segments=(segments > 0).astype(jnp.int32), kv_segments=stored,
+        window=cfg.window, backend="reference", dtype=None,
+    )  # fmt: skip
 
     def attend(q, k, v, layer):
         k_all, v_all = kv_cache.append(layer[0], layer[1], k, v, cache.lengths)
         o = attention(
-            q, k_all.astype(q.dtype), v_all.astype(q.dtype),
-            q_positions=positions, kv_positions=jnp.broadcast_to(slots, stored.shape),
-            q_segments=(segments > 0).astype(jnp.int32), kv_segments=stored,
-            window=cfg.window, soft_cap=cfg.attention_soft_cap, backend="reference",
+            q, k_all.astype(q.dtype), v_all.astype(q.dtype), mask,
+            soft_cap=cfg.attention_soft_cap, backend="reference",
         )  # fmt: skip
         return o, (k_all, v_all)
 
@@ -243,9 +246,11 @@ def forward(
     x = shard(x, "batch", "seq", "embed")
     freq = rope.frequencies(cfg.head_width, cfg.rope_base, cfg.rope_scaling)
     cos, sin = rope.rope_tables(positions, freq)
+    if cfg.kernels == "cpu":  # Once a step: XLA would take the cosines again in every layer.
+        cos, sin = jax.lax.optimization_barrier((cos, sin))
     if cache is None:
         block = functools.partial(
-            _block, cfg, (cos, sin, _attend_to_batch(cfg, positions, segments))
+            _block, cfg, (cos, sin, _attend_to_batch(cfg, positions, segments, dtype))
         )
         x, captured, _ = run_stack(
             [(block, cfg.num_layers)], [params["blocks"]], x, [()],

@@ -58,7 +58,7 @@ def collect(built: Any, command: str) -> dict[str, Any]:
         "params": P.count(specs),
         "params_non_embedding": P.count(specs) - P.count(tables),
         "tokens_per_step": cfg.data.batch_size * cfg.data.seq_len,
-        "flops_per_step": built.flops(built.phases[-1]),
+        "flops_per_step": built.model_flops,
         "flops_per_step_with_teacher": built.flops(built.phases[0]),
         "tokenizer": built.train_data.tokenizer.fingerprint,
         "bytes_per_token": built.held_out.bytes_per_token,

@@ -185,11 +185,17 @@ class Built:
         batches = (self.put(batch) for _, batch in self.held_out.iterate())
         return perplexity(self._eval_step, state.params, batches, self.held_out.bytes_per_token)
 
+    @property
+    def model_flops(self) -> float:
+        """FLOPs of one step of the trained model alone."""
+        tokens = self.cfg.data.batch_size * self.cfg.data.seq_len
+        return 3.0 * tokens * decoder.forward_flops(self.model, self.cfg.data.seq_len)
+
     def flops(self, phase: Phase) -> float:
         """FLOPs of one step of a phase, teacher included."""
         tokens = self.cfg.data.batch_size * self.cfg.data.seq_len
-        forward = decoder.forward_flops(self.cfg.model, self.cfg.data.seq_len)
-        return tokens * (3.0 * forward + sum(m.forward_flops for m in phase.frozen.values()))
+        frozen = sum(model.forward_flops for model in phase.frozen.values())
+        return self.model_flops + tokens * frozen
 
 
 def build(cfg: PretrainConfig) -> Built:

@@ -225,7 +225,9 @@ class _Loop:
         running = clock.since is not None
         clock.stop()
         out = {"time_s": clock.total}
-        if clock.steps:
+        # A step may run inside its own dispatch (CPU), before the row of the step before it is
+        # written: one step's time says nothing, it goes into the next row's interval.
+        if clock.steps > 1:
             pace = clock.steps / clock.seconds
             out |= {
                 "time_tokens_per_s": pace * run.tokens_per_step,
@@ -235,7 +237,7 @@ class _Loop:
             if run.peak_flops:
                 phase = run.phases[active(run.phases, step - 1)]
                 out["time_mfu"] = pace * run.flops(phase) / run.peak_flops
-        clock.new_row()
+            clock.new_row()
         if running:
             clock.start()
         return out

@@ -63,9 +63,9 @@ def comparison(runs: Sequence[RunData], baselines: Mapping[str, RunData | None])
         note = (
             "Difference: this run’s held-out loss minus the baseline’s at the last step that both "
             "cover. To baseline’s loss: the step at which this run reaches the baseline’s final "
-            "loss. Speed-up: the steps the baseline needs to reach this run’s final loss, divided "
-            "by this run’s steps; n/a where the baseline does not reach it. Between evaluations "
-            "the loss is taken as a straight line."
+            "loss. Speed-up: the baseline’s steps to the higher of the two final losses, divided "
+            "by this run’s; a lower bound for the better run where the learning rate decays. Between "
+            "evaluations the loss is taken as a straight line."
         )
     return Table(columns=columns, rows=rows, note=note)
 

@@ -60,6 +60,14 @@ def test_rope():
     same(lambda k, x: rope.apply_rope(x, *tables, k), normal(0, B, T, 4, 8))
 
 
+def mask(positions, segments, window=None, backend="reference"):
+    """The mask of queries that are also the keys."""
+    return A.make_mask(
+        q_positions=positions, kv_positions=positions, q_segments=segments, kv_segments=segments,
+        window=window, backend=backend, dtype=jnp.float32,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 3])
 def test_attention(groups, window):
@@ -67,11 +75,8 @@ def test_attention(groups, window):
     segments = jnp.asarray([[1, 1, 1, 2, 2, 0], [1] * 6])
 
     def f(kernels, q, k, v):
-        return A.attention(
-            q, k, v, q_positions=positions, kv_positions=positions, q_segments=segments,
-            kv_segments=segments, window=window,
-            backend={"xla": "reference", "cpu": "cpu"}[kernels],
-        )  # fmt: skip
+        backend = {"xla": "reference", "cpu": "cpu"}[kernels]
+        return A.attention(q, k, v, mask(positions, segments, window, backend), backend=backend)
 
     same(f, normal(0, B, T, 4, 8), normal(1, B, T, groups, 8), normal(2, B, T, groups, 8))
 
@@ -81,10 +86,7 @@ def test_attention_oracle():
     q, k, v = (normal(i, 1, T, 1, 4) for i in range(3))
     positions = jnp.arange(T)[None]
     segments = jnp.asarray([[1, 1, 1, 1, 2, 2]])
-    out = A.attention(
-        q, k, v, q_positions=positions, kv_positions=positions, q_segments=segments,
-        kv_segments=segments, backend="reference",
-    )  # fmt: skip
+    out = A.attention(q, k, v, mask(positions, segments), backend="reference")
     q, k, v = (np.asarray(x, np.float64)[0, :, 0] for x in (q, k, v))
     for t in range(T):
         seen = [s for s in range(t + 1) if (s < 4) == (t < 4)]
@@ -97,11 +99,12 @@ def test_attention_oracle():
 def test_a_backend_that_cannot_refuses():
     x = normal(0, 1, 2, 1, 4)
     where = jnp.zeros((1, 2), jnp.int32)
-    kw = {"q_positions": where, "kv_positions": where, "q_segments": where, "kv_segments": where}
     with pytest.raises(UserError, match="soft cap"):
-        A.attention(x, x, x, **kw, soft_cap=1.0, backend="cpu")
+        A.attention(x, x, x, mask(where, where, None, "cpu"), soft_cap=1.0, backend="cpu")
+    with pytest.raises(UserError, match="its own mask"):
+        A.attention(x, x, x, mask(where, where), backend="cpu")
     with pytest.raises(UserError, match="flash9"):
-        A.attention(x, x, x, **kw, backend="flash9")
+        A.attention(x, x, x, mask(where, where), backend="flash9")
 
 
 def test_rope_scalings():
