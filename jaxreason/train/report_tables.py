@@ -64,8 +64,8 @@ def comparison(runs: Sequence[RunData], baselines: Mapping[str, RunData | None])
             "Difference: this run’s held-out loss minus the baseline’s at the last step that both "
             "cover. To baseline’s loss: the step at which this run reaches the baseline’s final "
             "loss. Speed-up: the baseline’s steps to the higher of the two final losses, divided "
-            "by this run’s; a lower bound for the better run where the learning rate decays. Between "
-            "evaluations the loss is taken as a straight line."
+            "by this run’s; for the better run a lower bound where the learning rate decays. "
+            "Between evaluations the loss is taken as a straight line."
         )
     return Table(columns=columns, rows=rows, note=note)
 
