@@ -97,7 +97,7 @@ def damage(run: pathlib.Path) -> int:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> tuple[pathlib.Path, Killed]:
-    """A straight run and one that is killed five times, told to stop once and damaged once."""
+    """A straight run, and one that is killed often, told to stop once and damaged once."""
     room, rng, killed = tmp_path_factory.mktemp("resume"), random.Random(0), Killed()
     finish(start(room, "teacher", "teacher"))
     straight, run = start_let(room, "straight"), room / "killed"
@@ -116,12 +116,14 @@ def killed(tmp_path_factory) -> tuple[pathlib.Path, Killed]:
     until(process, lambda: newest(run) > before)
     time.sleep(rng.uniform(0, 0.1))
     end(process, signal.SIGKILL, killed)
-    # Twice in the middle of a save.
-    for _ in range(2):
+    # In the middle of a save: where the save wins the race, once more.
+    for _ in range(5):
         process, before = begin(), newest(run)
         until(process, lambda before=before: newest(run) > before and saves(run)[1])
         end(process, signal.SIGKILL, killed)
         killed.mid_save += bool(saves(run)[1])
+        if killed.mid_save == 2:
+            break
     # Told to stop, in the first phase or right after it.
     process, before = begin(), newest(run)
     until(process, lambda: newest(run) > before)
@@ -150,7 +152,7 @@ def content(run: pathlib.Path, step: int) -> dict[str, np.ndarray]:
 
 def test_it_was_killed_as_meant(killed):
     room, what = killed
-    assert what.codes.count(-signal.SIGKILL) == 5
+    assert what.codes.count(-signal.SIGKILL) >= 4
     assert what.codes.count(EXIT_PREEMPTED) == 1
     assert what.mid_save >= 1
     assert what.starts[0] == 0 or what.starts[0] % EVERY == 0
