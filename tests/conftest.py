@@ -5,11 +5,9 @@
 """
 
 import os
-import pathlib
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
 # Set before the first import of JAX, which is in a test. A user's own settings would change numbers
@@ -30,19 +28,6 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXREASON_TEST_PLATFORM", "cpu")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-GOLDEN = pathlib.Path(__file__).parent / "golden"
-
-
-@pytest.fixture
-def golden() -> Callable[[str], dict[str, np.ndarray]]:
-    """Returns a function from a file's name in `tests/golden` (without .npz) to its arrays."""
-
-    def load(name: str) -> dict[str, np.ndarray]:
-        with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
-            return dict(arrays)
-
-    return load
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ six times fewer, and has seen 33M bytes of the same training split.
     python -m jaxreason.main --config=experiments/let/stdlib.py:let,seed=1
 
 Arms: teacher, baseline, let, distill, salt, l2l. The whole table: `python -m benchmarks.let_table`.
-Hardware: 2 CPU cores with AMX, 4 minutes a run and 15 for the teacher. Numbers: docs/papers.md.
+Hardware: 2 CPU cores with AMX, 5 minutes a run and 15 for the teacher. Numbers: docs/papers.md.
 """
 
 import dataclasses
