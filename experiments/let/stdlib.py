@@ -51,7 +51,7 @@ def get_config(arg: str = "baseline") -> PretrainConfig:
         method=METHODS.get(arm, NextToken()),
         teacher=TeacherConfig(path="" if arm == "baseline" else TEACHER_DIR),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=40),
-        train=TrainConfig(steps=640, log_every=10, eval_every=64),
+        train=TrainConfig(steps=640, log_every=10, eval_every=128),
         checkpoint=CheckpointConfig(every_steps=128, keep_last=1, keep_best=0),
     )
     if arm != "teacher":
