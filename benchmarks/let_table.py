@@ -30,10 +30,9 @@ STEPS = 640
 ROOT = pathlib.Path("runs/let")
 RECORDS = pathlib.Path("docs/results/let_stdlib_runs.json")
 OUT = pathlib.Path("docs/results/let_stdlib.json")
-# Four runs an arm. The learning rate is the baseline's choice, and every arm uses it. The first
-# value of each arm was settled by a pilot (docs/log.md); the others vary what the arm has.
+# Four runs an arm. The learning rate is the baseline's choice, and every arm uses it.
 TUNING = {
-    "baseline": [{"optim.learning_rate": r} for r in (1e-3, 2e-3, 3e-3, 4e-3)],
+    "baseline": [{"optim.learning_rate": r} for r in (5e-4, 1e-3, 2e-3, 3e-3)],
     "let": [
         {"method.lambda_0": 0.3},
         {"method.lambda_0": 1.0},
@@ -120,6 +119,12 @@ def label(changes: dict) -> str:
     return "-".join(f"{field.split('.')[-1]}{value:g}" for field, value in changes.items())
 
 
+def tuning_name(arm: str, change: dict) -> str:
+    """The folder of a tuning run; it holds the setting, learning rate included."""
+    rate = {} if arm == "baseline" else best_rate()
+    return f"tune-{arm}-{label(rate | change)}"
+
+
 def best_rate() -> dict:
     """The baseline's tuned learning rate, which every other arm uses."""
     return best("baseline")
@@ -127,12 +132,12 @@ def best_rate() -> dict:
 
 def best(arm: str) -> dict:
     """The setting of an arm with the lowest loss on the tuning seed."""
-    done = [c for c in TUNING[arm] if complete(f"tune-{arm}-{label(c)}")]
+    done = [c for c in TUNING[arm] if complete(tuning_name(arm, c))]
     if len(done) < len(TUNING[arm]):
         sys.exit(
             f"error: arm {arm} is tuned in {len(done)} of {len(TUNING[arm])} runs; --stage=tune"
         )
-    return min(done, key=lambda c: final_loss(f"tune-{arm}-{label(c)}"))
+    return min(done, key=lambda c: final_loss(tuning_name(arm, c)))
 
 
 def tuning_jobs(arms: list[str]) -> list[Job]:
@@ -141,8 +146,8 @@ def tuning_jobs(arms: list[str]) -> list[Job]:
     for arm in arms:
         rate = {} if arm == "baseline" else best_rate()
         for change in TUNING[arm]:
-            setting = tuple((rate | change | {"train.eval_every": 0}).items())
-            jobs.append(Job(f"tune-{arm}-{label(change)}", arm, TUNING_SEED, setting))
+            fields = tuple((rate | change | {"train.eval_every": 0}).items())
+            jobs.append(Job(tuning_name(arm, change), arm, TUNING_SEED, fields))
     return jobs
 
 
@@ -249,9 +254,11 @@ def summary() -> dict:
     known = records()
     out: dict = {"tuning": {}, "arms": {}, "annealed": {}, "teacher": known.get("teacher", {})}
     for arm, settings in TUNING.items():
-        names = [(c, f"tune-{arm}-{label(c)}") for c in settings]
+        if arm != "baseline" and len(out["tuning"]["baseline"]) < len(TUNING["baseline"]):
+            continue  # Their names hold the baseline's learning rate.
+        names = [(c, tuning_name(arm, c)) for c in settings]
         out["tuning"][arm] = [{**c, "loss": final_loss(n)} for c, n in names if complete(n)]
-    tuned = [arm for arm in TUNING if len(out["tuning"][arm]) == len(TUNING[arm])]
+    tuned = [arm for arm in TUNING if len(out["tuning"].get(arm, ())) == len(TUNING[arm])]
     if "baseline" in tuned:
         for arm in tuned:
             out["arms"][arm] = arm_summary(arm)

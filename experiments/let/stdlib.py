@@ -1,7 +1,7 @@
 """LET on the Python standard library's own source, bytes as tokens: the runs behind docs/papers.md.
 
 A student of 10.6M parameters (without embeddings) learns from 2.6M bytes; its teacher has 1.8M,
-six times fewer, and has seen 33M bytes of the same training split.
+six times fewer, and has seen 20M bytes of the same training split.
 
     python -m jaxreason.main --config=experiments/let/stdlib.py:teacher
     python -m jaxreason.main --config=experiments/let/stdlib.py:let,seed=1
@@ -50,7 +50,7 @@ def get_config(arg: str = "baseline") -> PretrainConfig:
         data=data,
         method=METHODS.get(arm, NextToken()),
         teacher=TeacherConfig(path="" if arm == "baseline" else TEACHER_DIR),
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=40),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=40),
         train=TrainConfig(steps=640, log_every=10, eval_every=128),
         checkpoint=CheckpointConfig(every_steps=128, keep_last=1, keep_best=0),
     )
@@ -62,7 +62,7 @@ def get_config(arg: str = "baseline") -> PretrainConfig:
         model=TEACHER,
         data=dataclasses.replace(data, batch_size=32, seed=1000 + seed),
         teacher=TeacherConfig(),
-        optim=OptimConfig(learning_rate=3e-3, warmup_steps=100),
-        train=TrainConfig(steps=4000, log_every=20, eval_every=500),
-        checkpoint=CheckpointConfig(every_steps=500),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=100),
+        train=TrainConfig(steps=2500, log_every=20, eval_every=500),
+        checkpoint=CheckpointConfig(every_steps=500, keep_last=5),
     )
