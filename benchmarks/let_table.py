@@ -33,7 +33,7 @@ OUT = pathlib.Path("docs/results/let_stdlib.json")
 # Four runs an arm. The learning rate is the baseline's choice, and every arm uses it. A method's
 # runs have half the steps; the baseline's have all, which favours the baseline.
 TUNING = {
-    "baseline": [{"optim.learning_rate": r} for r in (5e-4, 1e-3, 2e-3, 3e-3)],
+    "baseline": [{"optim.learning_rate": r} for r in (2.5e-4, 5e-4, 1e-3, 2e-3)],
     "let": [
         {"method.lambda_0": 0.3},
         {"method.lambda_0": 1.0},

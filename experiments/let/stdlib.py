@@ -50,7 +50,7 @@ def get_config(arg: str = "baseline") -> PretrainConfig:
         data=data,
         method=METHODS.get(arm, NextToken()),
         teacher=TeacherConfig(path="" if arm == "baseline" else TEACHER_DIR),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=40),
+        optim=OptimConfig(learning_rate=5e-4, warmup_steps=40),
         train=TrainConfig(steps=640, log_every=10, eval_every=128),
         checkpoint=CheckpointConfig(every_steps=128, keep_last=1, keep_best=0),
     )
