@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "recipes": LIBRARY,
     "main": LIBRARY | {"recipes"},
     "generate": LIBRARY | {"recipes"},
+    "lm_eval": LIBRARY | {"recipes"},
     "convert": LIBRARY | {"recipes"},
 }
 FORBIDDEN = {"torch", "tensorflow"}
@@ -173,7 +174,12 @@ def declared() -> tuple[set[str], set[str], set[str]]:
 def test_what_is_imported_is_declared():
     base, dev, every = declared()
     wrong, used = [], set()
-    own = {"jaxreason", "experiments", *(path.stem for path in (REPO / "tests").iterdir())}
+    own = {
+        "jaxreason",
+        "experiments",
+        "benchmarks",
+        *(path.stem for path in (REPO / "tests").iterdir()),
+    }
     for path in python_files("jaxreason", "tests", "experiments"):
         library = path.is_relative_to(REPO / "jaxreason")
         for line, name, lazy in imports(path.read_text(), *module_name(path)):

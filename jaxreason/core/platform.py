@@ -5,15 +5,19 @@ import os
 import sys
 from pathlib import Path
 
-# bf16 products through oneDNN (AMX) instead of a loop: 5 times the tokens a second, measured
-# (docs/log.md). An unknown flag aborts the process, so they are given to known versions only.
-CPU_FLAGS = (
+# A training step's bf16 products through oneDNN (AMX) instead of a loop: 5 times the tokens a
+# second, measured (docs/log.md). An unknown flag aborts the process, so they are given to known
+# versions only.
+ONEDNN_FLAGS = (
     "--xla_cpu_experimental_onednn_custom_call=true",
     "--xla_cpu_experimental_ynn_fusion_type=",
+)
+FORWARD_FLAGS = (
     # Turns sums over rows into windows that the CPU runs 3 to 6 times slower.
     "--xla_disable_hlo_passes=tree_reduction_rewriter",
     "--xla_cpu_prefer_vector_width=512",
 )
+CPU_FLAGS = (*ONEDNN_FLAGS, *FORWARD_FLAGS)
 # glibc gives every large buffer back to the kernel and faults it in again, 1.8 GB a step at 30M
 # parameters; kept in one heap of huge pages they cost nothing. Read by glibc at a process' start.
 MALLOC = (
@@ -46,11 +50,13 @@ def known_jaxlib() -> bool:
     return KNOWN_JAXLIB[0] <= numbers < KNOWN_JAXLIB[1]
 
 
-def prepare(*, restart: bool = False) -> None:
+def prepare(*, restart: bool = False, onednn: bool = True) -> None:
     """Sets XLA_FLAGS for a CPU run; call it before JAX is imported, does nothing afterwards.
 
     A flag that the user has set keeps the user's value. JAXREASON_CPU_FLAGS=0 sets none. With
-    `restart`, a command line replaces its process once, with the settings of MALLOC.
+    `restart`, a command line replaces its process once, with the settings of MALLOC. A command that
+    only runs models forward passes `onednn=False`: XLA's own products are then as fast
+    (nn.kernels.decode), and its programs can be kept on disk, which those with oneDNN cannot.
     """
     if os.environ.get("JAXREASON_CPU_FLAGS") == "0" or "jax" in sys.modules:
         return
@@ -61,7 +67,8 @@ def prepare(*, restart: bool = False) -> None:
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     given = os.environ.get("XLA_FLAGS", "")
-    added = [flag for flag in CPU_FLAGS if flag.split("=")[0] not in given]
+    flags = CPU_FLAGS if onednn else FORWARD_FLAGS
+    added = [flag for flag in flags if flag.split("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
 
 

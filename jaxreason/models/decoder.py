@@ -1,134 +1,82 @@
-"""One decoder-only transformer whose settings are Llama, Qwen2 and Qwen3."""
+"""One decoder-only transformer: Llama, Qwen2, Qwen3, GPT-NeoX, OPT and OLMoE are its settings."""
 
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxreason.core import params as P
-from jaxreason.core.errors import UserError
 from jaxreason.core.mesh import shard
 from jaxreason.core.outputs import Outputs
 from jaxreason.core.params import ParamSpec
-from jaxreason.nn import kv_cache, rope
+from jaxreason.models.model_config import ModelConfig
+from jaxreason.nn import kv_cache, rope, stack
 from jaxreason.nn.attention import attention, make_mask
-from jaxreason.nn.linear import linear, resolve_kernels
-from jaxreason.nn.mlp import swiglu, swiglu_specs
-from jaxreason.nn.norm import rms_norm, rms_norm_specs
-from jaxreason.nn.rope import LinearScaling, Llama3Scaling
-from jaxreason.nn.stack import run_stack
+from jaxreason.nn.cached_attention import attend_to_cache
+from jaxreason.nn.linear import add_bias, linear, resolve_kernels
+from jaxreason.nn.mlp import mlp, mlp_specs
+from jaxreason.nn.moe import moe, moe_specs
+from jaxreason.nn.norm import norm, norm_specs, rms_norm
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Shape of a decoder."""
-
-    vocab_size: int = 0
-    """Rows of the embedding; 0 takes the tokenizer's size, rounded up to a multiple of 64."""
-    d_model: int = 256
-    """Width of the residual stream."""
-    num_layers: int = 4
-    """Transformer blocks."""
-    num_heads: int = 4
-    """Query heads."""
-    num_kv_heads: int = 0
-    """Key and value heads; 0 means as many as query heads."""
-    head_dim: int = 0
-    """Width of a head; 0 means d_model / num_heads."""
-    d_ff: int = 704
-    """Width of the feed-forward layer."""
-    rope_base: float = 10_000.0
-    """Base of the rotary frequencies."""
-    rope_scaling: LinearScaling | Llama3Scaling | None = None
-    """Context extension of the rotary frequencies."""
-    norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
-    tie_embeddings: bool = False
-    """Whether logits use the transposed embedding."""
-    qkv_bias: bool = False
-    """Bias on query, key and value projections (Qwen2)."""
-    qk_norm: bool = False
-    """RMSNorm of every query and key head before RoPE (Qwen3)."""
-    window: int | None = None
-    """Sliding attention window in tokens; None attends to the whole segment."""
-    attention_soft_cap: float | None = None
-    """Bounds attention logits by cap * tanh(logits / cap)."""
-    logit_soft_cap: float | None = None
-    """Bounds output logits the same way."""
-    init_std: float = 0.02
-    """Standard deviation of initial weights; output projections divide it by sqrt(2 * layers)."""
-    kernels: Literal["auto", "xla", "cpu"] = "auto"
-    """Forms of the parts: cpu are those that XLA's CPU compiler runs fast. auto: by the device."""
-    attention: Literal["auto", "reference", "cpu"] = "auto"
-    """Attention backend. auto: by `kernels`."""
-    layers: Literal["auto", "scan", "unroll"] = "auto"
-    """Scan compiles one layer; unroll runs faster on CPU. auto: by `kernels`."""
-    remat: Literal["none", "full", "dots", "minimal"] = "none"
-    """What the backward pass computes again: nothing, everything, all but products, or all but
-    products without a batch dimension."""
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key and value heads."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def head_width(self) -> int:
-        """Width of one head."""
-        return self.head_dim or self.d_model // self.num_heads
-
-    def validate(self) -> None:
-        """Raises UserError for shapes that do not fit together."""
-        for name in ("d_model", "num_layers", "num_heads", "d_ff"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; expected at least 1")
-        if not self.head_dim and self.d_model % self.num_heads:
-            raise UserError(
-                f"model.d_model {self.d_model} is not a multiple of model.num_heads "
-                f"{self.num_heads}; change one of them or set model.head_dim"
-            )
-        if self.num_heads % self.kv_heads:
-            raise UserError(
-                f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads "
-                f"{self.kv_heads}; every key head serves the same number of query heads"
-            )
-        if self.head_width % 2:
-            raise UserError(f"head width is {self.head_width}; RoPE needs an even one")
+__all__ = ["ModelConfig", "cast", "forward", "forward_flops", "init_cache", "logits"]
+__all__ += ["resolve", "specs", "unstack"]
 
 
 def specs(cfg: ModelConfig) -> dict[str, Any]:
-    """The decoder's parameters: `embed` [V,D], `blocks`, `final_norm` [D], `unembed` [D,V]."""
-    d, h, g, k = cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_width
-    std, out_std = cfg.init_std, cfg.init_std / math.sqrt(2 * cfg.num_layers)
-    attn = {
-        "q": ParamSpec((d, h, k), ("embed", "heads", "head_dim"), P.normal(std)),
-        "k": ParamSpec((d, g, k), ("embed", "kv_heads", "head_dim"), P.normal(std)),
-        "v": ParamSpec((d, g, k), ("embed", "kv_heads", "head_dim"), P.normal(std)),
-        "o": ParamSpec((h, k, d), ("heads", "head_dim", "embed"), P.normal(out_std)),
-    }
-    if cfg.qkv_bias:
-        attn["q_bias"] = ParamSpec((h, k), ("heads", "head_dim"), P.zeros)
-        attn["k_bias"] = ParamSpec((g, k), ("kv_heads", "head_dim"), P.zeros)
-        attn["v_bias"] = ParamSpec((g, k), ("kv_heads", "head_dim"), P.zeros)
-    if cfg.qk_norm:
-        attn["q_norm"] = rms_norm_specs(k, "head_dim")
-        attn["k_norm"] = rms_norm_specs(k, "head_dim")
+    """The decoder's parameters.
+
+    `embed` [V,E], `blocks` stacked over layers, `final_norm` and `unembed` [E,V] where the model
+    has them, E the width of the embedding. Where E is not D: `embed_in` [E,D], `embed_out` [D,E].
+    With learned positions: `positions` [P,D].
+    """
+    d, e, std = cfg.d_model, cfg.token_width, cfg.init_std
+    out_std = std / math.sqrt(2 * cfg.num_layers)
+    if cfg.moe is None:
+        feed_forward = mlp_specs(cfg.mlp, d, cfg.d_ff, cfg.mlp_bias, std, out_std)
+    else:
+        feed_forward = moe_specs(cfg.moe, d, cfg.d_ff, std, out_std)
     block = {
-        "attn_norm": rms_norm_specs(d),
-        "attn": attn,
-        "mlp_norm": rms_norm_specs(d),
-        "mlp": swiglu_specs(d, cfg.d_ff, std, out_std),
+        "attn_norm": norm_specs(cfg.norm, d),
+        "attn": _attention_specs(cfg, out_std),
+        "mlp_norm": norm_specs(cfg.norm, d),
+        "mlp": feed_forward,
     }
     tree = {
-        "embed": ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), P.normal(std)),
+        "embed": ParamSpec((cfg.vocab_size, e), ("vocab", "embed"), P.normal(std)),
         "blocks": P.stack(block, cfg.num_layers),
-        "final_norm": rms_norm_specs(d),
     }
+    if cfg.positions == "learned":
+        tree["positions"] = ParamSpec((cfg.max_positions, d), (None, "embed"), P.normal(std))
+    if e != d:
+        tree["embed_in"] = ParamSpec((e, d), (None, "embed"), P.normal(std))
+        tree["embed_out"] = ParamSpec((d, e), ("embed", None), P.normal(std))
+    if cfg.final_norm:
+        tree["final_norm"] = norm_specs(cfg.norm, d)
     if not cfg.tie_embeddings:
-        tree["unembed"] = ParamSpec((d, cfg.vocab_size), ("embed", "vocab"), P.normal(std))
+        tree["unembed"] = ParamSpec((e, cfg.vocab_size), ("embed", "vocab"), P.normal(std))
+    return tree
+
+
+def _attention_specs(cfg: ModelConfig, out_std: float) -> dict[str, ParamSpec]:
+    """`q` [D,H,K], `k` and `v` [D,G,K], `o` [H,K,D], and the biases and norms asked for."""
+    d, h, g, k = cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_width
+    of_heads = {"q": (h, "heads"), "k": (g, "kv_heads"), "v": (g, "kv_heads")}
+    tree = {}
+    for name, (n, axis) in of_heads.items():
+        init = P.normal(cfg.init_std)
+        tree[name] = ParamSpec((d, n, k), ("embed", axis, "head_dim"), init)
+        if cfg.qkv_bias:
+            tree[f"{name}_bias"] = ParamSpec((n, k), (axis, "head_dim"), P.zeros)
+        if cfg.qk_norm and name != "v":
+            each = ParamSpec((k,), ("head_dim",), P.ones)
+            over_all = ParamSpec((n, k), (axis, "head_dim"), P.ones)
+            tree[f"{name}_norm"] = each if cfg.qk_norm_scope == "head" else over_all
+    tree["o"] = ParamSpec((h, k, d), ("heads", "head_dim", "embed"), P.normal(out_std))
+    if cfg.out_bias:
+        tree["o_bias"] = ParamSpec((d,), ("embed",), P.zeros)
     return tree
 
 
@@ -137,33 +85,62 @@ def init_cache(cfg: ModelConfig, batch: int, capacity: int, dtype) -> kv_cache.K
     return kv_cache.make_cache(cfg.num_layers, batch, capacity, cfg.kv_heads, cfg.head_width, dtype)
 
 
-def _heads(cfg: ModelConfig, p, x_btd, name: str) -> jax.Array:
+def _heads(cfg: ModelConfig, p, x_btd, rotary, name: str) -> jax.Array:
+    """Queries, keys or values [B,T,heads,K] of the (normalised) stream."""
     y = linear(x_btd, p[name], cfg.kernels)
     if cfg.qkv_bias:
-        y = y + p[f"{name}_bias"][None, None]
+        y = add_bias(y, p[f"{name}_bias"], cfg.kernels)
     if cfg.qk_norm and name != "v":
-        y = rms_norm(y, p[f"{name}_norm"], cfg.norm_eps, cfg.kernels)
+        y = _qk_norm(cfg, y, p[f"{name}_norm"])
+    if cfg.clip_qkv is not None:
+        y = jnp.clip(y, -cfg.clip_qkv, cfg.clip_qkv)
+    if rotary is not None and name != "v":
+        y = rope.apply_rope(y, *rotary, cfg.kernels)
     return shard(y, "batch", "seq", "heads" if name == "q" else "kv_heads", None)
 
 
-def _block(cfg: ModelConfig, context, p, x_btd: jax.Array, layer):
-    """One pre-norm block; `layer` holds its cache (or nothing). Returns (x, new cache)."""
-    cos, sin, attend = context
-    h = rms_norm(x_btd, p["attn_norm"], cfg.norm_eps, cfg.kernels)
-    q = rope.apply_rope(_heads(cfg, p["attn"], h, "q"), cos, sin, cfg.kernels)
-    k = rope.apply_rope(_heads(cfg, p["attn"], h, "k"), cos, sin, cfg.kernels)
-    v = _heads(cfg, p["attn"], h, "v")
+def _qk_norm(cfg: ModelConfig, y_bthk, scale) -> jax.Array:
+    if cfg.qk_norm_scope == "head":
+        return rms_norm(y_bthk, scale, cfg.norm_eps, cfg.kernels)
+    flat = y_bthk.reshape(*y_bthk.shape[:2], -1)
+    return rms_norm(flat, scale.reshape(-1), cfg.norm_eps, cfg.kernels).reshape(y_bthk.shape)
+
+
+def _attention(cfg: ModelConfig, rotary, attend, p, x_btd, layer):
+    """The attention's output [B,T,D], and what `attend` makes of the layer's cache."""
+    q, k, v = (_heads(cfg, p, x_btd, rotary, name) for name in ("q", "k", "v"))
     o, cache = attend(q, k, v, layer)
-    o = linear(o, p["attn"]["o"], cfg.kernels, inputs=2)
-    x_btd = shard(x_btd + o, "batch", "seq", "embed")
-    h = rms_norm(x_btd, p["mlp_norm"], cfg.norm_eps, cfg.kernels)
-    return shard(x_btd + swiglu(p["mlp"], h, cfg.kernels), "batch", "seq", "embed"), cache
+    o = linear(o, p["o"], cfg.kernels, inputs=2)
+    return (add_bias(o, p["o_bias"], cfg.kernels) if cfg.out_bias else o), cache
 
 
-def _attend_to_batch(cfg: ModelConfig, positions, segments, dtype):
+def _feed_forward(cfg: ModelConfig, p, x_btd):
+    """The feed-forward layer's output [B,T,D], and what a router did."""
+    if cfg.moe is None:
+        return mlp(cfg.mlp, p, x_btd, cfg.kernels), ()
+    return moe(cfg.moe, p, x_btd, cfg.kernels)
+
+
+def _block(cfg: ModelConfig, rotary, attend, p, x_btd: jax.Array, layer):
+    """One block; `layer` holds its cache (or nothing). Returns (x, (new cache, router's aux))."""
+    normed = lambda name, x: norm(cfg.norm, x, p[name], cfg.norm_eps, cfg.kernels)  # noqa: E731
+    stream = lambda x: shard(x, "batch", "seq", "embed")  # noqa: E731
+    before, after = normed, lambda name, x: x
+    if cfg.norm_place == "post":
+        before, after = after, before
+    o, cache = _attention(cfg, rotary, attend, p["attn"], before("attn_norm", x_btd), layer)
+    if cfg.parallel_residual:
+        y, routed = _feed_forward(cfg, p["mlp"], normed("mlp_norm", x_btd))
+        return stream(x_btd + o + y), (cache, routed)
+    x_btd = stream(after("attn_norm", x_btd + o))
+    y, routed = _feed_forward(cfg, p["mlp"], before("mlp_norm", x_btd))
+    return stream(after("mlp_norm", x_btd + y)), (cache, routed)
+
+
+def _attend_to_batch(cfg: ModelConfig, window, positions, segments, dtype):
     mask = make_mask(
         q_positions=positions, kv_positions=positions, q_segments=segments, kv_segments=segments,
-        window=cfg.window, backend=cfg.attention, dtype=dtype,
+        window=window, backend=cfg.attention, dtype=dtype,
     )  # fmt: skip
 
     def attend(q, k, v, _):
@@ -171,27 +148,6 @@ def _attend_to_batch(cfg: ModelConfig, positions, segments, dtype):
         return attention(q, k, v, mask, soft_cap=soft_cap, backend=backend), ()
 
     return attend
-
-
-def _attend_to_cache(cfg: ModelConfig, positions, segments, cache: kv_cache.KVCache):
-    slots = jnp.arange(cache.capacity)[None, :]
-    written = (segments > 0).sum(axis=1).astype(jnp.int32)
-    stored = (slots < (cache.lengths + written)[:, None]).astype(jnp.int32)
-    mask = make_mask(
-        q_positions=positions, kv_positions=jnp.broadcast_to(slots, stored.shape),
-        q_segments=(segments > 0).astype(jnp.int32), kv_segments=stored,
-        window=cfg.window, backend="reference", dtype=None,
-    )  # fmt: skip
-
-    def attend(q, k, v, layer):
-        k_all, v_all = kv_cache.append(layer[0], layer[1], k, v, cache.lengths)
-        o = attention(
-            q, k_all.astype(q.dtype), v_all.astype(q.dtype), mask,
-            soft_cap=cfg.attention_soft_cap, backend="reference",
-        )  # fmt: skip
-        return o, (k_all, v_all)
-
-    return attend, written
 
 
 def resolve(cfg: ModelConfig, platform: str | None = None) -> ModelConfig:
@@ -207,17 +163,56 @@ def resolve(cfg: ModelConfig, platform: str | None = None) -> ModelConfig:
 
 
 def cast(params, dtype):
-    """Matrices in the compute precision; norm scales and the embedding stay as they are.
+    """Matrices in the compute precision; norms, biases, routers and tables stay as they are.
 
-    One cast a step: sharded parameters are then gathered in the compute precision. The embedding's
-    gradient sums over every occurrence of a token, which in bfloat16 stalls at 256 terms.
+    One cast a step: sharded parameters are then gathered in the compute precision. The gradient of
+    a table sums over every occurrence of a token, that of a bias over all tokens, which in bfloat16
+    stalls at 256 terms. A router's rounding would change which experts are chosen.
     """
 
     def one(path, leaf):
-        name = P.path_name(path)
-        return leaf if name.endswith("norm") or name == "embed" else leaf.astype(dtype)
+        names = P.path_name(path).split("/")
+        kept = names[-1] in ("embed", "positions", "router") or names[-1].endswith("_bias")
+        return leaf if kept or any(n.endswith("norm") for n in names) else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def unstack(params):
+    """The parameters with `blocks` as a tuple of one tree a layer, which `forward` takes as well.
+
+    A token loop unstacks once, outside: indexing the stacked arrays inside would copy them.
+    """
+    blocks = params["blocks"]
+    if isinstance(blocks, tuple):
+        return params
+    layers = len(jax.tree.leaves(blocks)[0])
+    return {**params, "blocks": tuple(stack.unstack(blocks, layers))}
+
+
+def _embed(cfg: ModelConfig, params, batch, dtype) -> jax.Array:
+    """The stream [B,T,D] that enters the first block."""
+    if batch.get("inputs_embeds") is not None:
+        x = batch["inputs_embeds"].astype(dtype)
+    else:
+        x = jnp.take(params["embed"], batch["tokens"], axis=0).astype(dtype)
+    if cfg.token_width != cfg.d_model:
+        x = linear(x, params["embed_in"], cfg.kernels)
+    if cfg.positions == "learned":
+        # A token beyond the table becomes NaN, so that a loss shows it; padding never does.
+        at = jnp.where(batch["segment_ids"] > 0, batch["positions"], 0)
+        x = x + jnp.take(params["positions"], at, axis=0).astype(dtype)
+    return shard(x, "batch", "seq", "embed")
+
+
+def _rotary_tables(cfg: ModelConfig, positions):
+    """Cosines and sines for all layers, or None without RoPE."""
+    if cfg.positions != "rope":
+        return None
+    freq = rope.frequencies(cfg.rotary_width, cfg.rope_base, cfg.rope_scaling)
+    tables = rope.rope_tables(positions, freq)
+    # Once a step: XLA would take the cosines again in every layer.
+    return jax.lax.optimization_barrier(tables) if cfg.kernels == "cpu" else tables
 
 
 def forward(
@@ -227,49 +222,70 @@ def forward(
     *,
     dtype=jnp.float32,
     capture: tuple[int, ...] = (),
-    cache: kv_cache.KVCache | None = None,
+    cache: kv_cache.KVCache | kv_cache.BranchCache | None = None,
 ) -> Outputs:
-    """Runs the decoder over `batch["tokens"]` [B,T] (or `inputs_embeds` [B,T,D]).
+    """Runs the decoder over `batch["tokens"]` [B,T] (or `inputs_embeds` [B,T,E]).
 
-    `positions` and `segment_ids` [B,T] belong to the batch. With `cache`, every row is one segment
-    whose new tokens stand first (segment 1, then padding 0), positions continue from the cache's
-    lengths, and the updated cache comes back in the outputs. `capture` names residual streams to
-    return: 0 the embedding, k after block k.
+    `params["blocks"]` is stacked, or a tuple of one tree a layer (`unstack`). `positions` and
+    `segment_ids` [B,T] belong to the batch. With `cache`, every row is one segment whose new tokens
+    stand first (segment 1, then padding 0), positions continue from the cache's lengths, and the
+    updated cache comes back in the outputs. `capture` names residual streams to return: 0 what
+    enters the first block, k after block k. `final` is what the unembedding reads, [B,T,E] behind
+    OPT-350m's projection. With experts, `aux` has `router_logits` [L,B,T,n] and `experts`
+    [L,B,T,k] of every layer.
     """
     cfg = resolve(cfg)
     params = cast(params, dtype)
+    x = _embed(cfg, params, batch, dtype)
+    block = functools.partial(_block, cfg, _rotary_tables(cfg, batch["positions"]))
+    run = _run_batch if cache is None else _run_cache
+    x, captured, routed, cache = run(cfg, params, block, x, batch, capture, cache)
+    if cfg.final_norm:
+        x = norm(cfg.norm, x, params["final_norm"], cfg.norm_eps, cfg.kernels)
+    if cfg.token_width != cfg.d_model:
+        x = linear(x, params["embed_out"], cfg.kernels)
+    unembed = params["embed"].T.astype(dtype) if cfg.tie_embeddings else params["unembed"]
+    aux = routed if cfg.moe is not None else None
+    return Outputs(x, captured, unembed, cfg.logit_soft_cap, cfg.kernels, aux=aux, cache=cache)
+
+
+def _run_batch(cfg: ModelConfig, params, block, x, batch, capture, _):
+    """The blocks over whole rows, scanned or unrolled: (x, captured, router's aux, no cache)."""
     positions, segments = batch["positions"], batch["segment_ids"]
-    if batch.get("inputs_embeds") is not None:
-        x = batch["inputs_embeds"].astype(dtype)
-    else:
-        x = jnp.take(params["embed"], batch["tokens"], axis=0).astype(dtype)
-    x = shard(x, "batch", "seq", "embed")
-    freq = rope.frequencies(cfg.head_width, cfg.rope_base, cfg.rope_scaling)
-    cos, sin = rope.rope_tables(positions, freq)
-    if cfg.kernels == "cpu":  # Once a step: XLA would take the cosines again in every layer.
-        cos, sin = jax.lax.optimization_barrier((cos, sin))
-    if cache is None:
-        block = functools.partial(
-            _block, cfg, (cos, sin, _attend_to_batch(cfg, positions, segments, dtype))
-        )
-        x, captured, _ = run_stack(
-            [(block, cfg.num_layers)], [params["blocks"]], x, [()],
-            capture=capture, mode=cfg.layers, remat=cfg.remat,
+    sizes = [n for _, n in cfg.spans]
+    blocks = params["blocks"]
+    if len(sizes) > 1 and cfg.layers == "unroll":
+        blocks = unstack(params)["blocks"]
+    runs = [
+        (functools.partial(block, _attend_to_batch(cfg, window, positions, segments, x.dtype)), n)
+        for window, n in cfg.spans
+    ]
+    x, captured, auxes = stack.run_stack(
+        runs, stack.cut(blocks, sizes), x, [()] * len(sizes),
+        capture=capture, mode=cfg.layers, remat=cfg.remat,
+    )  # fmt: skip
+    routed = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(aux[1] for aux in auxes))
+    return x, captured, routed, None
+
+
+def _run_cache(cfg: ModelConfig, params, block, x, batch, capture, cache):
+    """The blocks over new tokens of a cache, unrolled: (x, captured, router's aux, new cache)."""
+    blocks, layers, routed = unstack(params)["blocks"], [], []
+    captured, written = {0: x} if 0 in capture else {}, None
+    for window, n in cfg.spans:
+        attend, written = attend_to_cache(
+            cache, batch["positions"], batch["segment_ids"],
+            window=window, soft_cap=cfg.attention_soft_cap,
         )  # fmt: skip
-        new_cache = None
-    else:
-        attend, written = _attend_to_cache(cfg, positions, segments, cache)
-        captured, keys, values = {0: x} if 0 in capture else {}, [], []
-        for i in range(cfg.num_layers):
-            p = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
-            x, (k, v) = _block(cfg, (cos, sin, attend), p, x, (cache.k[i], cache.v[i]))
-            keys, values = [*keys, k], [*values, v]
+        for _ in range(n):
+            i = len(layers)
+            x, (layer, aux) = block(attend, blocks[i], x, cache.layer(i))
+            layers.append(layer)
+            routed.append(aux)
             if i + 1 in capture:
                 captured[i + 1] = x
-        new_cache = dataclasses.replace(cache, k=tuple(keys), v=tuple(values)).advance(written)
-    final = rms_norm(x, params["final_norm"], cfg.norm_eps, cfg.kernels)
-    unembed = params["embed"].T.astype(dtype) if cfg.tie_embeddings else params["unembed"]
-    return Outputs(final, captured, unembed, cfg.logit_soft_cap, cfg.kernels, cache=new_cache)
+    routed = jax.tree.map(lambda *parts: jnp.stack(parts), *routed)
+    return x, captured, routed, cache.replace_layers(layers).advance(written)
 
 
 def logits(outputs: Outputs) -> jax.Array:
@@ -284,14 +300,20 @@ def logits(outputs: Outputs) -> jax.Array:
 def forward_flops(cfg: ModelConfig, seq_len: int, *, depth: int | None = None) -> int:
     """FLOPs a token of one forward: 2 a multiply-add, causal attention counted at T/2.
 
-    With `depth`, only the first blocks and no output projection (what a captured layer costs).
+    Of experts, those that a token is sent to. With `depth`, only the first blocks and no output
+    projection (what a captured layer costs).
     """
     d, h, g, k = cfg.d_model, cfg.num_heads, cfg.kv_heads, cfg.head_width
-    projections = 2 * d * k * (2 * h + 2 * g)
+    feed_forward = 2 * (3 if cfg.mlp == "swiglu" else 2) * d * cfg.d_ff
+    if cfg.moe is not None:
+        feed_forward = cfg.moe.top_k * feed_forward + 2 * d * cfg.moe.num_experts
+    block = 2 * d * k * (2 * h + 2 * g) + feed_forward
     # Keys a query sees on average: half of the sequence, or nearly the window where it is short.
-    window = min(cfg.window or seq_len, seq_len)
-    attend = 2 * 2 * h * k * (window - window**2 / (2 * seq_len))
-    block = projections + attend + 2 * 3 * d * cfg.d_ff
-    if depth is not None:
-        return int(depth * block)
-    return int(cfg.num_layers * block + 2 * d * cfg.vocab_size)
+    windows = [min(window or seq_len, seq_len) for window, n in cfg.spans for _ in range(n)]
+    keys = [window - window**2 / (2 * seq_len) for window in windows]
+    project = 0 if cfg.token_width == d else 2 * d * cfg.token_width
+    layers = cfg.num_layers if depth is None else depth
+    total = project + layers * block + 2 * 2 * h * k * sum(keys[:layers])
+    return int(
+        total if depth is not None else total + project + 2 * cfg.token_width * cfg.vocab_size
+    )

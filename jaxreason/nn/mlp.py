@@ -1,30 +1,80 @@
-"""Gated feed-forward layer."""
+"""Feed-forward layers: gated (SwiGLU) and plain (GELU, ReLU)."""
+
+import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxreason.core.mesh import shard
-from jaxreason.core.params import ParamSpec, normal
+from jaxreason.core.params import ParamSpec, normal, zeros
 from jaxreason.nn.kernels import cpu
-from jaxreason.nn.linear import linear
+from jaxreason.nn.linear import add_bias, linear
+
+Mlp = Literal["swiglu", "gelu", "gelu_tanh", "relu"]
+
+# Hendrycks & Gimpel, arXiv 1606.08415, exact and by tanh.
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
-def swiglu_specs(d_model: int, d_ff: int, std: float, out_std: float) -> dict[str, ParamSpec]:
-    """`gate` and `up` [D,F], `down` [F,D]."""
-    return {
-        "gate": ParamSpec((d_model, d_ff), ("embed", "mlp"), normal(std)),
-        "up": ParamSpec((d_model, d_ff), ("embed", "mlp"), normal(std)),
-        "down": ParamSpec((d_ff, d_model), ("mlp", "embed"), normal(out_std)),
-    }
+def mlp_specs(
+    kind: Mlp, d_model: int, d_ff: int, bias: bool, std: float, out_std: float
+) -> dict[str, ParamSpec]:
+    """`gate` (swiglu alone) and `up` [D,F], `down` [F,D], and a `_bias` of each where asked for."""
+    into = ("gate", "up") if kind == "swiglu" else ("up",)
+    specs = {name: ParamSpec((d_model, d_ff), ("embed", "mlp"), normal(std)) for name in into}
+    specs["down"] = ParamSpec((d_ff, d_model), ("mlp", "embed"), normal(out_std))
+    if bias:
+        specs |= {f"{name}_bias": ParamSpec((d_ff,), ("mlp",), zeros) for name in into}
+        specs["down_bias"] = ParamSpec((d_model,), ("embed",), zeros)
+    return specs
+
+
+def mlp(kind: Mlp, p: dict[str, jax.Array], x_btd: jax.Array, kernels: str) -> jax.Array:
+    """The layer on `x` [B,T,D]."""
+    up_btf = shard(_linear(p, "up", x_btd, kernels), "batch", "seq", "mlp")
+    if kind == "swiglu":
+        gate_btf = shard(_linear(p, "gate", x_btd, kernels), "batch", "seq", "mlp")
+        hidden_btf = silu_times(gate_btf, up_btf, kernels)
+    else:
+        hidden_btf = activate(kind, up_btf, kernels)
+    return _linear(p, "down", hidden_btf, kernels)
+
+
+def _linear(p, name, x, kernels):
+    y = linear(x, p[name], kernels)
+    bias = p.get(f"{name}_bias")
+    return y if bias is None else add_bias(y, bias, kernels)
 
 
 def swiglu(p: dict[str, jax.Array], x_btd: jax.Array, kernels: str) -> jax.Array:
     """`(silu(x gate) * (x up)) down` (Shazeer, arXiv 2002.05202)."""
-    gate_btf = shard(linear(x_btd, p["gate"], kernels), "batch", "seq", "mlp")
-    up_btf = shard(linear(x_btd, p["up"], kernels), "batch", "seq", "mlp")
+    return mlp("swiglu", p, x_btd, kernels)
+
+
+def silu_times(gate: jax.Array, up: jax.Array, kernels: str) -> jax.Array:
+    """`silu(gate) * up`, the activation in float32."""
     if kernels == "cpu":
-        hidden_btf = cpu.silu_times(gate_btf, up_btf)
-    else:
-        gate = gate_btf.astype(jnp.float32)
-        hidden_btf = (gate * cpu.sigmoid(gate)).astype(up_btf.dtype) * up_btf
-    return linear(hidden_btf, p["down"], kernels)
+        return cpu.silu_times(gate, up)
+    wide = gate.astype(jnp.float32)
+    return (wide * cpu.sigmoid(wide)).astype(up.dtype) * up
+
+
+def activate(kind: str, x: jax.Array, kernels: str) -> jax.Array:
+    """An activation by name, in float32 inside; the CPU's form keeps its input alone."""
+    return _activate_cpu(kind, x) if kernels == "cpu" else _activate(kind, x)
+
+
+def _activate(kind, x):
+    return ACTIVATIONS[kind](x.astype(jnp.float32)).astype(x.dtype)
+
+
+_activate_cpu = jax.custom_vjp(_activate, nondiff_argnums=(0,))
+_activate_cpu.defvjp(
+    lambda kind, x: (_activate(kind, x), x),
+    lambda kind, x, g: jax.vjp(functools.partial(_activate, kind), x)[1](g),
+)

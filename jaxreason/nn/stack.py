@@ -1,5 +1,6 @@
 """Runs a stack of layers, scanned or unrolled, capturing the hidden states asked for."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ def run_stack(
 ) -> tuple[jax.Array, dict[int, jax.Array], tuple[Any, ...]]:
     """Applies segments of `n` layers `block(params_l, x, per_layer_l) -> (x, aux_l)`.
 
-    `params` and `per_layer` hold, a segment, a pytree with a leading layer axis. `capture` numbers
+    `params` and `per_layer` hold, a segment, a pytree with a leading layer axis; `params` may also
+    be a tuple of one tree a layer, which runs unrolled in any mode. `capture` numbers
     the residual streams to return: 0 is the input, k the output of layer k. Captured states travel
     in a carry buffer of their own number, so all the other layers' are never held. Returns the
     last state, `{k: state}`, and a segment's `aux` stacked over its layers.
@@ -44,15 +46,27 @@ def run_stack(
     captured = {0: x} if 0 in capture else {}
     auxes, first = [], 0
     for (block, n), p, extra in zip(segments, params, per_layer, strict=True):
+        scanned = mode == "scan" and not isinstance(p, tuple)
         if remat != "none":
-            block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=mode != "scan")
+            block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=not scanned)
         inside = [c for c in sorted(set(capture)) if first < c <= first + n]
-        run = _scan if mode == "scan" else _unroll
+        run = _scan if scanned else _unroll
         x, states, aux = run(block, p, x, extra, n, [c - first for c in inside])
         captured |= dict(zip(inside, states, strict=True))
         auxes.append(aux)
         first += n
     return x, captured, tuple(auxes)
+
+
+def cut(layers, sizes: Sequence[int]) -> list:
+    """A stacked tree, or a tuple of layers, as one for each segment of `sizes` layers."""
+    if len(sizes) == 1:
+        return [layers]
+    ends = list(itertools.accumulate(sizes))
+    slices = [slice(end - n, end) for end, n in zip(ends, sizes, strict=True)]
+    if isinstance(layers, tuple):
+        return [layers[s] for s in slices]
+    return [jax.tree.map(lambda leaf, s=s: leaf[s], layers) for s in slices]
 
 
 def unstack(tree, n: int) -> list:
@@ -73,7 +87,8 @@ def unstack(tree, n: int) -> list:
 
 def _unroll(block, params, x, extra, n, capture):
     states, auxes = [], []
-    for i, (p, extra_l) in enumerate(zip(unstack(params, n), unstack(extra, n), strict=True)):
+    layers = params if isinstance(params, tuple) else unstack(params, n)
+    for i, (p, extra_l) in enumerate(zip(layers, unstack(extra, n), strict=True)):
         x, aux = block(p, x, extra_l)
         auxes.append(aux)
         if i + 1 in capture:

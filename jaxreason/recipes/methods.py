@@ -6,10 +6,12 @@ import optax
 
 from jaxreason.core.errors import UserError
 from jaxreason.core.objective import Objective, combine
+from jaxreason.nn.moe import Moe
 from jaxreason.objectives import let
 from jaxreason.objectives.distill import Distill, Salt, logit_distillation
 from jaxreason.objectives.let import Let
 from jaxreason.objectives.lm import NextToken, next_token
+from jaxreason.objectives.moe import router_losses
 from jaxreason.train.phase import FrozenModel, Phase
 
 Method = NextToken | Let | Distill | Salt
@@ -54,12 +56,16 @@ def make_phases(
     teacher_hidden_flops: int = 0,
     z_loss: float = 0.0,
     chunk: int = 0,
+    moe: Moe | None = None,
 ) -> tuple[Phase, ...]:
     """One phase with the teacher, where the method has one, and one without.
 
     A teacher whose weight is zero is never run: lambda_0 = 0 or w = 0 is the baseline itself.
+    The losses of the trained model's router, where it has experts, belong to every phase.
     """
+    routers = () if moe is None else (router_losses(moe),)
     plain = next_token(z_loss=z_loss, chunk=chunk)
+    plain = combine(plain, *routers) if routers else plain
     trained = {"model": optimiser}
     alone = Phase("next_token", steps, plain, trained)
     strength = method.lambda_0 if isinstance(method, Let) else getattr(method, "weight", 0.0)
@@ -86,6 +92,7 @@ def make_phases(
             logit_distillation(
                 weight=method.weight, temperature=method.temperature, chunk=chunk
             ),
+            *routers,
         )  # fmt: skip
         stop = steps
         if isinstance(method, Salt):

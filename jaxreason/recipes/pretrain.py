@@ -40,7 +40,9 @@ from jaxreason.models import decoder
 from jaxreason.models.decoder import ModelConfig
 from jaxreason.objectives.lm import NextToken
 from jaxreason.recipes import facts as facts_lib
+from jaxreason.recipes.init import InitConfig, Start, open_init
 from jaxreason.recipes.methods import Method, make_phases
+from jaxreason.recipes.open_model import keep_tokenizer
 from jaxreason.recipes.resume import check_config, check_folder
 from jaxreason.recipes.teacher import TeacherConfig, check_tokenizer, open_teacher
 from jaxreason.train import state as state_lib
@@ -81,6 +83,8 @@ class PretrainConfig:
     """Shape of the model that is trained."""
     data: DataConfig = DataConfig()
     """Text, tokenizer, packing, batch."""
+    init: InitConfig = InitConfig()
+    """The model whose weights training starts from; random ones by default."""
     method: Method = NextToken()
     """What is added to next-token prediction."""
     teacher: TeacherConfig = TeacherConfig()
@@ -141,6 +145,7 @@ class Built:
     held_out: data.Dataset
     abstract_state: state_lib.TrainState
     init_state: Any
+    begin: Start | None
     teacher: Any
     fingerprint: dict[str, Any]
 
@@ -212,6 +217,8 @@ def build(cfg: PretrainConfig) -> Built:
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     train_data = data.build(cfg.data, split="train", **hosts)
     held_out = data.build(cfg.data, split="held_out", **hosts)
+    init, shape, begin = open_init(cfg.init, cfg.model, train_data.tokenizer, cfg.run.dir)
+    cfg = dataclasses.replace(cfg, init=init, model=shape)
     cfg = resolve(cfg, train_data.tokenizer.vocab_size)
     teacher = open_teacher(
         cfg.teacher, seq_len=cfg.data.seq_len, dtype=cfg.compute_dtype, mesh=mesh
@@ -220,6 +227,11 @@ def build(cfg: PretrainConfig) -> Built:
         check_tokenizer(teacher, train_data.tokenizer.fingerprint)
         # The saved config names the very checkpoint, also when the teacher trains on.
         cfg = dataclasses.replace(cfg, teacher=dataclasses.replace(cfg.teacher, step=teacher.step))
+    if cfg.model.positions == "learned" and cfg.data.seq_len > cfg.model.max_positions:
+        raise UserError(
+            f"data.seq_len is {cfg.data.seq_len}, the model has {cfg.model.max_positions} learned "
+            "positions; shorten the rows"
+        )
     model = decoder.resolve(cfg.model, mesh.devices.flat[0].platform)
     specs = decoder.specs(model)
     check_divides(specs, mesh)
@@ -233,19 +245,22 @@ def build(cfg: PretrainConfig) -> Built:
         teacher_hidden_flops=teacher.hidden_flops if teacher else 0,
         z_loss=cfg.z_loss,
         chunk=cfg.logit_chunk,
+        moe=cfg.model.moe,
     )
     for phase in phases:
         phase.objective.check_batch(train_data.batch(0))
     key = rng.named(rng.base_key(cfg.run.seed), "init")
 
-    def create():
-        return state_lib.create({"model": P.initialise(specs, key)}, phases)
+    def create(params=None):
+        params = P.initialise(specs, key) if params is None else params
+        return state_lib.create({"model": params}, phases)
 
     abstract = jax.eval_shape(create)
     shardings = state_lib.shardings(abstract, {"model": param_shardings(specs, mesh)}, mesh)
     abstract = jax.tree.map(
         lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings
     )
+    initialise = jax.jit(create, out_shardings=shardings, donate_argnums=0)
     return Built(
         cfg=cfg,
         model=model,
@@ -255,7 +270,8 @@ def build(cfg: PretrainConfig) -> Built:
         train_data=train_data,
         held_out=held_out,
         abstract_state=abstract,
-        init_state=jax.jit(create, out_shardings=shardings),
+        init_state=lambda: initialise(begin.load(mesh) if begin else None),
+        begin=begin,
         teacher=teacher,
         fingerprint={
             "model": {
@@ -286,6 +302,8 @@ def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:
     cfg = built.cfg
     config_json = config_lib.dump(cfg)
     facts = facts_lib.collect(built, command or shlex.join([sys.executable, *sys.argv]))
+    if cfg.init.path:
+        facts |= {"init": cfg.init.path, "init_step": cfg.init.step}
     facts_lib.check_same_run(directory, facts)
     facts_lib.check_same_on_hosts(facts)
     check_config(directory, cfg)
@@ -320,7 +338,8 @@ def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:
         if jax.process_index() == 0:
             config_lib.save(cfg, directory / "config.json")
             facts_lib.save(facts, directory)
-            built.train_data.tokenizer.save(directory / "tokenizer")
+            files = built.begin.files if built.begin else {}
+            keep_tokenizer(built.train_data.tokenizer, directory / "tokenizer", files)
         progress = stack.enter_context(
             Progress(cfg.train.steps, cfg.run.title or directory.name, start=start)
         )

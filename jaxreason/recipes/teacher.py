@@ -1,29 +1,28 @@
-"""A frozen teacher for pretraining: one of our checkpoints, or any Flax model through a factory."""
+"""A frozen teacher for pretraining: a model that opens, or any Flax model through a factory."""
 
 import dataclasses
 import importlib
-import json
 from typing import Any
 
 import jax
-from etils import epath
 
-from jaxreason import config as config_lib
 from jaxreason.core import params as P
 from jaxreason.core.errors import UserError
-from jaxreason.core.mesh import param_shardings, replicated
+from jaxreason.core.mesh import replicated
 from jaxreason.core.precision import as_dtype
 from jaxreason.models import decoder
-from jaxreason.train import load, manifest
+from jaxreason.recipes import open_model
+from jaxreason.train import manifest
 from jaxreason.train.phase import FrozenModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Where a frozen teacher comes from: a `path` of ours, or a `factory` for any Flax model."""
+    """Where a frozen teacher comes from: a model's `path`, or a `factory` for any Flax model."""
 
     path: str = ""
-    """A run's folder or a checkpoint written by this program."""
+    """A run's folder, a checkpoint (trained here or converted), a Hugging Face folder or a .gguf
+    file."""
     step: int | None = None
     """Which checkpoint of the run; None takes the newest."""
     factory: str = ""
@@ -58,7 +57,7 @@ class Teacher:
     hidden_flops: int
     num_layers: int
     num_params: int
-    tokenizer_fingerprint: str
+    tokenizer_fingerprints: tuple[str, ...]
     facts: dict[str, Any]
     step: int | None = None
 
@@ -67,46 +66,44 @@ def open_teacher(cfg: TeacherConfig, *, seq_len: int, dtype: str, mesh) -> Teach
     """Finds and describes the teacher; its parameters are read when its phase begins."""
     if cfg.factory:
         return _from_factory(cfg.factory, mesh)
-    return _from_run(cfg, seq_len, dtype, mesh) if cfg.path else None
+    return _from_model(cfg, seq_len, dtype, mesh) if cfg.path else None
 
 
 def check_tokenizer(teacher: Teacher, fingerprint: str) -> None:
     """Raises UserError when the teacher reads other tokens than the student."""
-    if teacher.tokenizer_fingerprint != fingerprint:
+    if fingerprint not in teacher.tokenizer_fingerprints:
+        known = teacher.tokenizer_fingerprints
         raise UserError(
-            f"the teacher's tokenizer {teacher.tokenizer_fingerprint[:12]} is not the student's "
+            f"the teacher's tokenizer {known[0][:12] if known else '(none)'} is not the student's "
             f"{fingerprint[:12]}: token positions would not match; train the student with the "
             "teacher's tokenizer (data.tokenizer) or choose another teacher"
         )
 
 
-def _from_run(cfg: TeacherConfig, seq_len: int, dtype: str, mesh) -> Teacher:
-    from jaxreason.recipes.pretrain import PretrainConfig  # The teacher's config is one of these.
-
-    folder = load.find(cfg.path, cfg.step)
-    saved = config_lib.load(load.load_config(folder), [PretrainConfig])
-    meta = json.loads((epath.Path(folder) / "meta.json").read_text())
-    # The forms of its parts are this device's: it may have been trained on another kind.
-    forms = dict.fromkeys(("kernels", "attention", "layers"), "auto")
-    model = decoder.resolve(dataclasses.replace(saved.model, **forms))
-    specs = decoder.specs(model)
-    abstract = P.abstract(specs, param_shardings(specs, mesh))
-
-    def load_params():
-        return load.load(folder, abstract, subtree="params/model")
+def _from_model(cfg: TeacherConfig, seq_len: int, dtype: str, mesh) -> Teacher:
+    opened, load_params = open_model.inspect(cfg.path, step=cfg.step)
+    model = decoder.resolve(opened.config)
+    if model.positions == "learned" and seq_len > model.max_positions:
+        raise UserError(
+            f"the teacher {cfg.path} has {model.max_positions} positions, data.seq_len is "
+            f"{seq_len}; shorten it or choose another teacher"
+        )
+    step = opened.source.get("step")
 
     def apply(params, batch, capture):
         return decoder.forward(params, model, batch, dtype=as_dtype(dtype), capture=capture)
 
     return Teacher(
-        frozen=FrozenModel(load_params, apply, decoder.forward_flops(model, seq_len)),
+        frozen=FrozenModel(
+            lambda: load_params("float32", mesh), apply, decoder.forward_flops(model, seq_len)
+        ),
         hidden_flops=decoder.forward_flops(model, seq_len, depth=model.num_layers),
         num_layers=model.num_layers,
-        num_params=P.count(specs),
-        tokenizer_fingerprint=meta["model_fingerprint"]["tokenizer"],
-        facts={"teacher": str(cfg.path), "teacher_step": meta["step"]},
-        # A path to one checkpoint names it already.
-        step=None if manifest.is_complete(manifest.absolute(cfg.path)) else meta["step"],
+        num_params=P.count(decoder.specs(model)),
+        tokenizer_fingerprints=open_model.fingerprints(opened.tokenizer),
+        facts={"teacher": str(cfg.path), "teacher_step": step},
+        # A path to one checkpoint, or to a model from elsewhere, names it already.
+        step=None if manifest.is_complete(manifest.absolute(cfg.path)) else step,
     )
 
 
@@ -143,6 +140,6 @@ def _from_factory(name: str, mesh) -> Teacher:
         hidden_flops=made.hidden_flops or made.forward_flops,
         num_layers=made.num_layers,
         num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        tokenizer_fingerprint=made.tokenizer_fingerprint,
+        tokenizer_fingerprints=(made.tokenizer_fingerprint,),
         facts={"teacher": name},
     )

@@ -2,7 +2,10 @@
 
 jaxlib 0.12's oneDNN rewriter folds a SiLU into the product that makes its input, also where that
 input is read again: `jax.nn.silu(x @ w)` in float32, flat, then has a gradient for w that is 25 %
-wrong. Our forms are written so that it does not apply; this holds them to it, gates far from zero.
+wrong (with a bias between, 41 %, in bfloat16 too). GELU, ReLU, tanh and the softmax come out right.
+And without the rewriter of tree reductions, a bfloat16 sum over tokens, such as a bias' gradient,
+stops at 256. Our forms are written so that neither applies; this holds them to it, with gates far
+from zero and biases of their own.
 """
 
 import json
@@ -17,11 +20,15 @@ import sys, json
 import jax, jax.numpy as jnp, numpy as np
 from jaxreason.core import params as P
 from jaxreason.models import decoder
+from jaxreason.nn.linear import add_bias
+from jaxreason.nn.moe import Moe
+from jaxreason.nn.norm import layer_norm
 from jaxreason.objectives.lm import next_token
+from jaxreason.objectives.moe import router_losses
 
 path, flags = sys.argv[1], sys.argv[2]
 rng = np.random.default_rng(0)
-B, T = 4, 256
+B, T = 4, 64
 batch = {
     "tokens": jnp.asarray(rng.integers(0, 256, (B, T)), jnp.int32),
     "targets": jnp.asarray(rng.integers(0, 256, (B, T)), jnp.int32),
@@ -29,29 +36,58 @@ batch = {
     "segment_ids": jnp.ones((B, T), jnp.int32),
     "loss_weights": jnp.ones((B, T)),
 }
+SHAPE = dict(vocab_size=256, d_model=256, num_layers=1, num_heads=4, d_ff=352, init_std=0.08)
+BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
+FAMILIES = {
+    "llama": dict(),
+    "llama with biases": BIASES,
+    "pythia": dict(norm="layer", mlp="gelu", parallel_residual=True, **BIASES),
+    "gelu_tanh": dict(norm="layer", mlp="gelu_tanh", qkv_bias=True),
+    "opt": dict(norm="layer", mlp="relu", positions="learned", max_positions=T, **BIASES),
+    "olmoe": dict(d_ff=96, moe=Moe(num_experts=4, top_k=2), qk_norm=True, qk_norm_scope="all"),
+}
 
-def gradient(kernels, dtype):
-    cfg = decoder.resolve(decoder.ModelConfig(
-        vocab_size=256, d_model=512, num_layers=1, num_heads=4, d_ff=1408, init_std=0.06,
-        kernels=kernels))
+def gradient(family, kernels, dtype):
+    cfg = decoder.resolve(decoder.ModelConfig(**(SHAPE | FAMILIES[family]), kernels=kernels))
     params = P.initialise(decoder.specs(cfg), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    moved = [x + 0.05 * jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)]
+    params = jax.tree.unflatten(tree, moved)
 
     def loss(p):
         out = decoder.forward(p, cfg, batch, dtype=dtype)
-        return next_token().terms(out, {}, batch, None, None, 0)[0]["nll"] / (B * T)
+        total = next_token().terms(out, {}, batch, None, None, 0)[0]["nll"]
+        if cfg.moe is not None:
+            sums = router_losses(cfg.moe).terms(out, {}, batch, None, None, 0)[0]
+            total += sums["balance"] + sums["router_z"]
+        return total / (B * T)
 
-    tree = jax.jit(jax.grad(loss))(params)
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {P.path_name(p): np.asarray(x, np.float32) for p, x in leaves}
+    leaves = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params))
+    return {f"{family}/{P.path_name(p)}": np.asarray(x, np.float32) for p, x in leaves}
+
+def sums():
+    ones, zeros = jnp.ones((16, 256, 64), jnp.bfloat16), jnp.zeros(64)
+    plain = lambda b: jnp.sum((ones + b[None, None].astype(ones.dtype)).astype(jnp.float32))
+    bias = lambda b: jnp.sum(add_bias(ones, b, "cpu").astype(jnp.float32))
+    norm = lambda b: jnp.sum(layer_norm(ones, zeros, b, 1e-5, "cpu").astype(jnp.float32))
+    return [float(jax.jit(jax.grad(f))(zeros)[0]) for f in (plain, bias, norm)]
 
 if flags == "off":
-    np.savez(path, **gradient("xla", jnp.float32))
+    arrays = {}
+    for family in FAMILIES:
+        arrays |= gradient(family, "xla", jnp.float32)
+    np.savez(path, **arrays)
 else:
     reference, worst = np.load(path), {}
-    for kernels, dtype in (("xla", "float32"), ("cpu", "float32"), ("cpu", "bfloat16")):
-        g = gradient(kernels, jnp.dtype(dtype))
-        worst[f"{kernels} {dtype}"] = max(
-            float(np.linalg.norm(g[n] - reference[n]) / np.linalg.norm(reference[n])) for n in g)
+    for family in FAMILIES:
+        forms = [("xla", "float32"), ("cpu", "float32"), ("cpu", "bfloat16")]
+        for kernels, dtype in forms if "llama" in family else forms[::2]:
+            g = gradient(family, kernels, jnp.dtype(dtype))
+            apart = {n: np.linalg.norm(g[n] - reference[n]) / np.linalg.norm(reference[n])
+                     for n in g if np.linalg.norm(reference[n]) > 1e-7}  # OPT's k_bias: zero.
+            name = max(apart, key=apart.get)
+            worst[f"{family} {kernels} {dtype}"] = float(apart[name]), name
+    worst["sums"] = sums()
     print(json.dumps(worst))
 """
 
@@ -62,5 +98,9 @@ def test_gradients_with_the_flags_equal_those_without(tmp_path):
     run_python(CODE, path, "off", devices=1)
     out = run_python(CODE, path, "on", devices=1, XLA_FLAGS=" ".join(CPU_FLAGS))
     worst = json.loads(out.strip().splitlines()[-1])
-    assert worst["xla float32"] < 1e-4 and worst["cpu float32"] < 1e-4, worst
-    assert worst["cpu bfloat16"] < 0.05, worst
+    assert worst.pop("sums")[1:] == [4096.0, 4096.0]
+    for case, (apart, name) in worst.items():
+        bound = 0.05 if "bfloat16" in case else 1e-4
+        # Rounding turns the sign of a ReLU, or sends a token elsewhere; so it does without flags.
+        bound *= 3 if case.startswith(("opt", "olmoe")) else 1
+        assert apart < bound, (case, name, apart)

@@ -57,7 +57,7 @@ class HfTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the package raises plain Exception, whatever is wrong
             raise UserError(
-                f"{name} is not a Hugging Face tokenizer ({' '.join(str(error).split())}); "
+                f"{name} is not a Hugging Face tokenizer ({' '.join(str(error).split())[:160]}); "
                 "expected the tokenizer.json of a model; get it anew"
             ) from None
         self._tokenizer.no_truncation()
@@ -67,8 +67,8 @@ class HfTokenizer:
         for token in (eos, bos):
             if token is not None and token not in vocabulary:
                 raise UserError(
-                    f"{name} has no token {token!r}, expected one of its vocabulary"
-                    f"{nearest(token, self._special())}; set eos or bos to a token it has"
+                    f"{name} has no token {token[:60]!r}, expected one of its vocabulary"
+                    f"{nearest(token[:60], self._special())}; set eos or bos to a token it has"
                 )
         self._json, self._eos, self._bos, self._parse_special = (
             tokenizer_json,
@@ -101,14 +101,27 @@ class HfTokenizer:
         kept = [i for i in as_ids(ids) if 0 <= i < self.vocab_size and i not in drop]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
+    @property
+    def settings(self) -> HfJson:
+        """The config that names its tokens, without a path."""
+        return HfJson(eos=self._eos, bos=self._bos, parse_special=self._parse_special)
+
+    def same_ids(self, other: "HfTokenizer") -> bool:
+        """Whether plain text has the same ids; the tokens that end and open it may differ."""
+        return self._json == other._json
+
+    def reading_special(self, parse_special: bool) -> "HfTokenizer":
+        """Returns the same tokenizer that reads special tokens in a text as ids, or as text."""
+        return HfTokenizer(
+            self._json, eos=self._eos, bos=self._bos, parse_special=parse_special, name="tokenizer"
+        )
+
     def save(self, folder: epath.PathLike) -> HfJson:
         """Writes `tokenizer.json` into `folder`; returns the config that loads it there."""
         path = epath.Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self._json)
-        return HfJson(
-            path=str(path), eos=self._eos, bos=self._bos, parse_special=self._parse_special
-        )
+        return dataclasses.replace(self.settings, path=str(path))
 
 
 def load_hf_json(cfg: HfJson) -> HfTokenizer:

@@ -1,0 +1,91 @@
+"""Attention of new tokens to a key-value cache, and to a branch's shared prefix without a copy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxreason.nn.attention import reference_attention
+from jaxreason.nn.kv_cache import BranchCache, KVCache, append
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def attend_to_cache(
+    cache: KVCache | BranchCache,
+    positions: jax.Array,
+    segments: jax.Array,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> tuple[Attend, jax.Array]:
+    """How a layer attends to `cache` when it is given new tokens.
+
+    `positions` and `segments` [B,T] are the new tokens': in each row those of segment 1 stand first
+    and continue from the cache's lengths, padding has segment 0. Returns `attend(q, k, v, layer)`,
+    which gives the attention's output [B,T,H,K] and the layer with the new keys and values (`layer`
+    is `cache.layer(i)`; hand the results to `cache.replace_layers`), and the tokens written [B].
+    Queries of padding get numbers that must not be read.
+    """
+    written = (segments > 0).sum(axis=1).astype(jnp.int32)
+    own = cache if isinstance(cache, KVCache) else cache.own
+    slots = jnp.arange(own.capacity, dtype=jnp.int32)[None, None, :]
+    first = 0 if isinstance(cache, KVCache) else cache.prefix_lengths[:, None, None]
+    seen = _seen(positions, slots + first, (own.lengths + written)[:, None, None] + first, window)
+
+    def attend(q, k, v, layer):
+        k_all, v_all = append(layer[0], layer[1], k, v, own.lengths)
+        keys, values = k_all.astype(q.dtype), v_all.astype(q.dtype)
+        return reference_attention(q, keys, values, seen, soft_cap=soft_cap), (k_all, v_all)
+
+    if isinstance(cache, KVCache):
+        return attend, written
+
+    shared = jnp.arange(cache.prefix.capacity, dtype=jnp.int32)[None, None, :]
+    seen_prefix = _seen(positions, shared, cache.prefix_lengths[:, None, None], window)
+
+    def attend_branch(q, k, v, layer):
+        k_all, v_all = append(layer[0], layer[1], k, v, own.lengths)
+        o = _two_parts(cache, q, layer[2:], (k_all, v_all), seen_prefix, seen, soft_cap)
+        return o, (k_all, v_all)
+
+    return attend_branch, written
+
+
+def _seen(positions: jax.Array, slots: jax.Array, end: jax.Array, window: int | None) -> jax.Array:
+    """Boolean [B,T,S]: stored (before `end`), not in the future and within the window."""
+    q = positions[:, :, None]
+    seen = (slots < end) & (slots <= q)
+    return seen if window is None else seen & (q - slots < window)
+
+
+def _two_parts(cache: BranchCache, q, prefix, own, seen_prefix, seen_own, soft_cap) -> jax.Array:
+    """One softmax over a parent's prefix and the row's own tokens.
+
+    The queries of a parent's branches are laid side by side, [R, fan_out * T], so that the prefix
+    itself is read where it lies and once a parent.
+    """
+    b, t, h, d = q.shape
+    groups, n, rows = own[0].shape[2], cache.fan_out, cache.prefix.lengths.shape[0]
+    parent, rank = cache.parent, cache.rank()
+    prefix_k, prefix_v, own_k, own_v = (x.astype(q.dtype) for x in (*prefix, *own))
+    q = (q * d**-0.5).reshape(b, t, groups, h // groups, d)
+
+    side = jnp.zeros((rows, n, *q.shape[1:]), q.dtype).at[parent, rank].set(q)
+    scores = jnp.einsum("zntgrk,zsgk->zngrts", side, prefix_k, preferred_element_type=jnp.float32)
+    own_scores = jnp.einsum("btgrk,bsgk->bgrts", q, own_k, preferred_element_type=jnp.float32)
+    scores = jnp.concatenate([scores[parent, rank], own_scores], axis=-1)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    seen = jnp.concatenate([seen_prefix, seen_own], axis=-1)[:, None, None]
+    probs = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(
+        q.dtype
+    )
+
+    split = cache.prefix.capacity
+    side = jnp.zeros((rows, n, *probs.shape[1:-1], split), probs.dtype)
+    side = side.at[parent, rank].set(probs[..., :split])
+    from_prefix = jnp.einsum("zngrts,zsgk->zntgrk", side, prefix_v)[parent, rank]
+    from_own = jnp.einsum("bgrts,bsgk->btgrk", probs[..., split:], own_v)
+    return (from_prefix + from_own).reshape(b, t, h, d)

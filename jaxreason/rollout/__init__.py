@@ -1,0 +1,18 @@
+"""Generation with a key-value cache: `generate(model, prompts, Sampling(...))`."""
+
+from jaxreason.rollout.engine import generate, prepare, run
+from jaxreason.rollout.requests import Completion, Delta, Request
+from jaxreason.rollout.sampling import GREEDY, Sampling
+from jaxreason.rollout.stats import Stats
+
+__all__ = [
+    "GREEDY",
+    "Completion",
+    "Delta",
+    "Request",
+    "Sampling",
+    "Stats",
+    "generate",
+    "prepare",
+    "run",
+]

@@ -1,0 +1,256 @@
+"""The device side of generation: rows of a cache (slots), filled by prompts and decoded together.
+
+    extend   reads prompts into a cache of their own and keeps the last logits
+    admit    copies prompts into free slots, and draws their first tokens
+    decode   draws tokens in all slots, up to a number of steps
+
+The three programs are shared by all requests: what differs between them (settings, limits, keys)
+is arrays. A row's draws follow from its key and the number of its token, so neither the slot nor
+its neighbours matter.
+"""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxreason.core.precision import as_dtype
+from jaxreason.models import decoder
+from jaxreason.nn.kv_cache import KVCache
+from jaxreason.rollout.sampling import Sampled, SamplingArrays, sample
+
+
+@flax.struct.dataclass
+class Slots:
+    """The state of B slots between programs.
+
+    `token` [B] is the last one drawn, which is not in the cache yet; `count` [B] those drawn so
+    far, `limit` [B] the most there may be; a slot that is `done` [B] is free. `keys` [B].
+    """
+
+    cache: KVCache
+    token: jax.Array
+    count: jax.Array
+    limit: jax.Array
+    done: jax.Array
+    ignore_eos: jax.Array
+    keys: jax.Array
+    sampling: SamplingArrays
+
+
+@flax.struct.dataclass
+class Entrants:
+    """Requests that enter slots: arrays [B], of which the first `number` hold one.
+
+    Prompt `source` goes into slot `slot`.
+    """
+
+    number: jax.Array
+    source: jax.Array
+    slot: jax.Array
+    prompt_index: jax.Array
+    sample_index: jax.Array
+    limit: jax.Array
+    ignore_eos: jax.Array
+    sampling: SamplingArrays
+
+
+def prepare_params(params, dtype):
+    """Parameters as the token loop wants them: one tree a layer, cast once.
+
+    Those of a prepared model come back as they are.
+    """
+    params = decoder.unstack(decoder.cast(params, dtype))
+    return {**params, "embed": params["embed"].astype(dtype)}
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "batch", "capacity", "dtype"))
+def empty_slots(cfg, batch: int, capacity: int, dtype: str) -> Slots:
+    """`batch` free slots of `capacity` tokens."""
+    zeros = jnp.zeros(batch, jnp.int32)
+    return Slots(
+        cache=decoder.init_cache(cfg, batch, capacity, as_dtype(dtype)),
+        token=zeros,
+        count=zeros,
+        limit=zeros,
+        done=jnp.ones(batch, bool),
+        ignore_eos=jnp.zeros(batch, bool),
+        keys=jax.random.split(jax.random.key(0), batch),
+        sampling=SamplingArrays(jnp.zeros(batch), zeros, jnp.ones(batch), jnp.zeros(batch)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "batch", "capacity", "dtype"))
+def empty_prompts(cfg, batch: int, capacity: int, dtype: str) -> tuple[KVCache, jax.Array]:
+    """A cache for `batch` prompts of up to `capacity` tokens, and logits [B,V] to be filled."""
+    logits = jnp.zeros((batch, cfg.vocab_size), jnp.float32)
+    return decoder.init_cache(cfg, batch, capacity, as_dtype(dtype)), logits
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def grow(state: Slots, capacity: int) -> Slots:
+    """The slots with room for `capacity` tokens."""
+    return dataclasses.replace(state, cache=state.cache.grow(capacity))
+
+
+def _last_logits(outputs, last_b: jax.Array) -> jax.Array:
+    """Logits [B,V] at one position a row; those of all would not fit."""
+    final = jnp.take_along_axis(outputs.final, last_b[:, None, None], axis=1)
+    return decoder.logits(dataclasses.replace(outputs, final=final))[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype"), donate_argnums=(1, 2))
+def extend(
+    params, cache: KVCache, logits: jax.Array, tokens: jax.Array, counts: jax.Array, *, cfg, dtype
+) -> tuple[KVCache, jax.Array]:
+    """Appends the first `counts` [B] of `tokens` [B,T] to prompts.
+
+    Returns the cache and the logits [B,V] after the last token; a row without new tokens keeps the
+    `logits` that it had.
+    """
+    steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    batch = {
+        "tokens": tokens,
+        "positions": cache.lengths[:, None] + steps,
+        "segment_ids": (steps < counts[:, None]).astype(jnp.int32),
+    }
+    outputs = decoder.forward(params, cfg, batch, dtype=as_dtype(dtype), cache=cache)
+    new = _last_logits(outputs, jnp.maximum(counts - 1, 0))
+    return outputs.cache, jnp.where((counts > 0)[:, None], new, logits)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def admit(
+    state: Slots,
+    prompts: KVCache,
+    logits: jax.Array,
+    entrants: Entrants,
+    base_key: jax.Array,
+    eos_ids: jax.Array,
+) -> tuple[Slots, Sampled]:
+    """Puts prompts into free slots and draws their first tokens, which come back [B] in order.
+
+    `eos_ids` [E] end a completion.
+    """
+
+    def copy(i, cache: KVCache) -> KVCache:
+        row, slot = entrants.source[i], entrants.slot[i]
+        layers = []
+        for l in range(len(cache.k)):
+            pairs = zip(cache.layer(l), prompts.layer(l))
+            layers.append(tuple(_copy_row(to, source, row, slot) for to, source in pairs))
+        return dataclasses.replace(
+            cache.replace_layers(layers),
+            lengths=cache.lengths.at[slot].set(prompts.lengths[row]),
+            valid=cache.valid.at[:, slot].set(prompts.valid[:, row]),
+        )
+
+    cache = jax.lax.fori_loop(0, entrants.number, copy, state.cache)
+    fold = jax.vmap(jax.random.fold_in)
+    keys = jnp.broadcast_to(base_key[None], entrants.slot.shape)
+    keys = fold(fold(keys, entrants.prompt_index), entrants.sample_index)
+    first = fold(keys, jnp.zeros_like(entrants.slot))
+    drawn = sample(logits[entrants.source], entrants.sampling, first)
+    ended = _is_eos(drawn.tokens, eos_ids) & ~entrants.ignore_eos
+    used = jnp.arange(entrants.slot.shape[0]) < entrants.number
+    slot = jnp.where(used, entrants.slot, used.shape[0])
+
+    def put(to, value):
+        return to.at[slot].set(value, mode="drop")
+
+    state = Slots(
+        cache=cache,
+        token=put(state.token, drawn.tokens),
+        count=put(state.count, jnp.ones_like(slot)),
+        limit=put(state.limit, entrants.limit),
+        done=put(state.done, ended | (entrants.limit <= 1)),
+        ignore_eos=put(state.ignore_eos, entrants.ignore_eos),
+        keys=put(state.keys, keys),
+        sampling=jax.tree.map(put, state.sampling, entrants.sampling),
+    )
+    return state, drawn
+
+
+def _copy_row(to: jax.Array, source: jax.Array, row: jax.Array, slot: jax.Array) -> jax.Array:
+    """Row `row` of `source` [R,T,...] over the first T tokens of row `slot` of `to` [B,S,...]."""
+    one = jax.lax.dynamic_slice_in_dim(source, row, 1)
+    return jax.lax.dynamic_update_slice(to, one.astype(to.dtype), (slot, 0, 0, 0))
+
+
+def _is_eos(tokens: jax.Array, eos_ids: jax.Array) -> jax.Array:
+    return jnp.any(tokens[:, None] == eos_ids[None], axis=1)
+
+
+@flax.struct.dataclass
+class Decoded:
+    """What a call of `decode` drew: [B,chunk] each, of which a row's first `number` [B] hold."""
+
+    number: jax.Array
+    tokens: jax.Array
+    logprobs: jax.Array
+    sampling_logprobs: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "chunk"), donate_argnums=1)
+def decode(
+    params,
+    state: Slots,
+    eos_ids: jax.Array,
+    leave_early: jax.Array,
+    *,
+    cfg,
+    dtype: str,
+    chunk: int,
+) -> tuple[Slots, Decoded]:
+    """Draws up to `chunk` tokens in every slot that is not done.
+
+    Ends when all are done, or with `leave_early` when one has become so (others wait for a slot).
+    """
+    batch = state.token.shape[0]
+    floats = jnp.zeros((batch, chunk), jnp.float32)
+    decoded = Decoded(
+        jnp.zeros(batch, jnp.int32), jnp.zeros((batch, chunk), jnp.int32), floats, floats
+    )
+    free = state.done
+
+    def go_on(carry):
+        i, state, _ = carry
+        stop = jnp.all(state.done) | (leave_early & jnp.any(state.done & ~free))
+        return (i < chunk) & ~stop
+
+    def step(carry):
+        i, state, decoded = carry
+        active = ~state.done
+        inputs = {
+            "tokens": state.token[:, None],
+            "positions": state.cache.lengths[:, None],
+            "segment_ids": active.astype(jnp.int32)[:, None],
+        }
+        outputs = decoder.forward(params, cfg, inputs, dtype=as_dtype(dtype), cache=state.cache)
+        keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
+        drawn = sample(decoder.logits(outputs)[:, 0], state.sampling, keys)
+        token = jnp.where(active, drawn.tokens, state.token)
+        count = state.count + active
+        ended = _is_eos(token, eos_ids) & ~state.ignore_eos
+        state = dataclasses.replace(
+            state, cache=outputs.cache, token=token, count=count,
+            done=state.done | ended | (count >= state.limit),
+        )  # fmt: skip
+        decoded = Decoded(
+            decoded.number + active,
+            decoded.tokens.at[:, i].set(token),
+            decoded.logprobs.at[:, i].set(drawn.logprobs),
+            decoded.sampling_logprobs.at[:, i].set(drawn.sampling_logprobs),
+        )
+        return i + 1, state, decoded
+
+    _, state, decoded = jax.lax.while_loop(go_on, step, (jnp.int32(0), state, decoded))
+    return state, decoded
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def free(state: Slots, slots: jax.Array) -> Slots:
+    """Marks slots [B] (boolean) as free: their text was ended on the host."""
+    return dataclasses.replace(state, done=state.done | slots)
