@@ -31,10 +31,11 @@ def main() -> None:
     from jaxreason.rollout import GREEDY, Stats, generate, prepare
 
     start = time.perf_counter()
-    model = prepare(load_hf(args.model, dtype=args.dtype, param_dtype=args.dtype))
+    loaded = load_hf(args.model, dtype=args.dtype, param_dtype=args.dtype)
     load_s = time.perf_counter() - start
 
     def measure(batch: int) -> dict:
+        model = prepare(loaded, batch)
         # The same prompts as the reference's: numpy's generator is the same everywhere.
         prompts = np.random.default_rng(batch).integers(3, 49152, (batch, args.prompt)).tolist()
 
@@ -64,7 +65,7 @@ def main() -> None:
         }
 
     result = {batch: measure(batch) for batch in map(int, args.batches.split(","))}
-    leaves = jax.tree.leaves(model.params)
+    leaves = jax.tree.leaves(loaded.params)
     print(
         json.dumps(
             {

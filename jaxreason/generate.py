@@ -275,7 +275,7 @@ def _table(completion: Any, model: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
-    prepare(restart=argv is None)
+    prepare(restart=argv is None, onednn=False)
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if "--help" in argv or "-h" in argv:

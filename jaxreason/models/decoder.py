@@ -16,6 +16,7 @@ from jaxreason.models.model_config import ModelConfig
 from jaxreason.nn import kv_cache, rope, stack
 from jaxreason.nn.attention import attention, make_mask
 from jaxreason.nn.cached_attention import attend_to_cache
+from jaxreason.nn.kernels import decode
 from jaxreason.nn.linear import add_bias, linear, resolve_kernels
 from jaxreason.nn.mlp import mlp, mlp_specs
 from jaxreason.nn.moe import moe, moe_specs
@@ -85,9 +86,8 @@ def init_cache(cfg: ModelConfig, batch: int, capacity: int, dtype) -> kv_cache.K
     return kv_cache.make_cache(cfg.num_layers, batch, capacity, cfg.kv_heads, cfg.head_width, dtype)
 
 
-def _heads(cfg: ModelConfig, p, x_btd, rotary, name: str) -> jax.Array:
-    """Queries, keys or values [B,T,heads,K] of the (normalised) stream."""
-    y = linear(x_btd, p[name], cfg.kernels)
+def _heads(cfg: ModelConfig, p, y, rotary, name: str) -> jax.Array:
+    """Queries, keys or values [B,T,heads,K] from their product `y`."""
     if cfg.qkv_bias:
         y = add_bias(y, p[f"{name}_bias"], cfg.kernels)
     if cfg.qk_norm and name != "v":
@@ -95,7 +95,8 @@ def _heads(cfg: ModelConfig, p, x_btd, rotary, name: str) -> jax.Array:
     if cfg.clip_qkv is not None:
         y = jnp.clip(y, -cfg.clip_qkv, cfg.clip_qkv)
     if rotary is not None and name != "v":
-        y = rope.apply_rope(y, *rotary, cfg.kernels)
+        cos, sin = rotary
+        y = rope.apply_rope(y, cos, sin, cfg.kernels)
     return shard(y, "batch", "seq", "heads" if name == "q" else "kv_heads", None)
 
 
@@ -108,7 +109,12 @@ def _qk_norm(cfg: ModelConfig, y_bthk, scale) -> jax.Array:
 
 def _attention(cfg: ModelConfig, rotary, attend, p, x_btd, layer):
     """The attention's output [B,T,D], and what `attend` makes of the layer's cache."""
-    q, k, v = (_heads(cfg, p, x_btd, rotary, name) for name in ("q", "k", "v"))
+    if "qkv" in p:  # Joined for a token loop.
+        joined = linear(x_btd, p["qkv"], cfg.kernels)
+        products = decode.split_heads(joined, cfg.num_heads, cfg.kv_heads)
+    else:
+        products = [linear(x_btd, p[name], cfg.kernels) for name in ("q", "k", "v")]
+    q, k, v = (_heads(cfg, p, y, rotary, name) for y, name in zip(products, ("q", "k", "v")))
     o, cache = attend(q, k, v, layer)
     o = linear(o, p["o"], cfg.kernels, inputs=2)
     return (add_bias(o, p["o_bias"], cfg.kernels) if cfg.out_bias else o), cache
@@ -244,7 +250,9 @@ def forward(
         x = norm(cfg.norm, x, params["final_norm"], cfg.norm_eps, cfg.kernels)
     if cfg.token_width != cfg.d_model:
         x = linear(x, params["embed_out"], cfg.kernels)
-    unembed = params["embed"].T.astype(dtype) if cfg.tie_embeddings else params["unembed"]
+    # Laid out for a token loop, a tied unembedding is there too.
+    tied = cfg.tie_embeddings and "unembed" not in params
+    unembed = params["embed"].T.astype(dtype) if tied else params["unembed"]
     aux = routed if cfg.moe is not None else None
     return Outputs(x, captured, unembed, cfg.logit_soft_cap, cfg.kernels, aux=aux, cache=cache)
 
@@ -275,7 +283,7 @@ def _run_cache(cfg: ModelConfig, params, block, x, batch, capture, cache):
     for window, n in cfg.spans:
         attend, written = attend_to_cache(
             cache, batch["positions"], batch["segment_ids"],
-            window=window, soft_cap=cfg.attention_soft_cap,
+            window=window, soft_cap=cfg.attention_soft_cap, kernels=cfg.kernels,
         )  # fmt: skip
         for _ in range(n):
             i = len(layers)
@@ -290,9 +298,12 @@ def _run_cache(cfg: ModelConfig, params, block, x, batch, capture, cache):
 
 def logits(outputs: Outputs) -> jax.Array:
     """All logits [B,T,V] in float32; training uses them by chunks instead."""
-    out = jnp.einsum(
-        "btd,dv->btv", outputs.final, outputs.unembed, preferred_element_type=jnp.float32
-    )
+    if isinstance(outputs.unembed, decode.OutIn):
+        out = decode.product(outputs.final, outputs.unembed, jnp.float32)
+    else:
+        out = jnp.einsum(
+            "btd,dv->btv", outputs.final, outputs.unembed, preferred_element_type=jnp.float32
+        )
     cap = outputs.soft_cap
     return out if cap is None else cap * jnp.tanh(out / cap)
 

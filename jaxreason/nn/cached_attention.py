@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreason.nn.attention import reference_attention
+from jaxreason.nn.kernels import decode
 from jaxreason.nn.kv_cache import BranchCache, KVCache, append
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -19,6 +20,7 @@ def attend_to_cache(
     *,
     window: int | None = None,
     soft_cap: float | None = None,
+    kernels: str = "xla",
 ) -> tuple[Attend, jax.Array]:
     """How a layer attends to `cache` when it is given new tokens.
 
@@ -36,10 +38,12 @@ def attend_to_cache(
 
     def attend(q, k, v, layer):
         k_all, v_all = append(layer[0], layer[1], k, v, own.lengths)
-        keys, values = k_all.astype(q.dtype), v_all.astype(q.dtype)
+        keys, values = (x.astype(q.dtype).swapaxes(1, 2) for x in (k_all, v_all))
         return reference_attention(q, keys, values, seen, soft_cap=soft_cap), (k_all, v_all)
 
     if isinstance(cache, KVCache):
+        if positions.shape[1] == 1 and kernels == "cpu":
+            return _one_token(own, written, seen, soft_cap), written
         return attend, written
 
     shared = jnp.arange(cache.prefix.capacity, dtype=jnp.int32)[None, None, :]
@@ -51,6 +55,19 @@ def attend_to_cache(
         return o, (k_all, v_all)
 
     return attend_branch, written
+
+
+def _one_token(cache: KVCache, written: jax.Array, seen: jax.Array, soft_cap) -> Attend:
+    """The CPU's form of a token loop's step."""
+    # Once for all layers. A row whose token is padding writes nothing.
+    bias = jax.lax.optimization_barrier(jnp.where(seen[:, 0], 0.0, jnp.finfo(jnp.float32).min))
+    at = jnp.where(written > 0, cache.lengths, cache.capacity)
+
+    def attend(q, k, v, layer):
+        k_all, v_all = decode.append(layer[0], layer[1], k[:, 0], v[:, 0], at)
+        return decode.attend(q[:, 0], k_all, v_all, bias, soft_cap)[:, None], (k_all, v_all)
+
+    return attend
 
 
 def _seen(positions: jax.Array, slots: jax.Array, end: jax.Array, window: int | None) -> jax.Array:
@@ -67,14 +84,14 @@ def _two_parts(cache: BranchCache, q, prefix, own, seen_prefix, seen_own, soft_c
     itself is read where it lies and once a parent.
     """
     b, t, h, d = q.shape
-    groups, n, rows = own[0].shape[2], cache.fan_out, cache.prefix.lengths.shape[0]
+    groups, n, rows = own[0].shape[1], cache.fan_out, cache.prefix.lengths.shape[0]
     parent, rank = cache.parent, cache.rank()
     prefix_k, prefix_v, own_k, own_v = (x.astype(q.dtype) for x in (*prefix, *own))
     q = (q * d**-0.5).reshape(b, t, groups, h // groups, d)
 
     side = jnp.zeros((rows, n, *q.shape[1:]), q.dtype).at[parent, rank].set(q)
-    scores = jnp.einsum("zntgrk,zsgk->zngrts", side, prefix_k, preferred_element_type=jnp.float32)
-    own_scores = jnp.einsum("btgrk,bsgk->bgrts", q, own_k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("zntgrk,zgsk->zngrts", side, prefix_k, preferred_element_type=jnp.float32)
+    own_scores = jnp.einsum("btgrk,bgsk->bgrts", q, own_k, preferred_element_type=jnp.float32)
     scores = jnp.concatenate([scores[parent, rank], own_scores], axis=-1)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -86,6 +103,6 @@ def _two_parts(cache: BranchCache, q, prefix, own, seen_prefix, seen_own, soft_c
     split = cache.prefix.capacity
     side = jnp.zeros((rows, n, *probs.shape[1:-1], split), probs.dtype)
     side = side.at[parent, rank].set(probs[..., :split])
-    from_prefix = jnp.einsum("zngrts,zsgk->zntgrk", side, prefix_v)[parent, rank]
-    from_own = jnp.einsum("bgrts,bsgk->btgrk", probs[..., split:], own_v)
+    from_prefix = jnp.einsum("zngrts,zgsk->zntgrk", side, prefix_v)[parent, rank]
+    from_own = jnp.einsum("bgrts,bgsk->btgrk", probs[..., split:], own_v)
     return (from_prefix + from_own).reshape(b, t, h, d)

@@ -26,7 +26,7 @@ from jaxreason.core.errors import UserError
 class KVCache:
     """Keys and values of the tokens seen so far.
 
-    `k`, `v`: a tuple of L arrays [B,S,H_kv,K], S the capacity in tokens. `lengths` [B]: tokens
+    `k`, `v`: a tuple of L arrays [B,H_kv,S,K], S the capacity in tokens. `lengths` [B]: tokens
     stored. `valid` [L,B]: leading tokens that a layer really stored (fewer where it was skipped).
     """
 
@@ -38,7 +38,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Tokens a row can hold."""
-        return self.k[0].shape[1]
+        return self.k[0].shape[2]
 
     def layer(self, i: int) -> tuple[jax.Array, ...]:
         """What layer `i` attends to."""
@@ -78,7 +78,7 @@ class KVCache:
 
     def grow(self, capacity: int) -> "KVCache":
         """The same rows with room for `capacity` tokens, which must not be less than now."""
-        pad = ((0, 0), (0, capacity - self.capacity), (0, 0), (0, 0))
+        pad = ((0, 0), (0, 0), (0, capacity - self.capacity), (0, 0))
         return dataclasses.replace(
             self,
             k=tuple(jnp.pad(k, pad) for k in self.k),
@@ -146,7 +146,8 @@ class BranchCache:
         rows = self.prefix.gather(self.parent).truncate(self.prefix_lengths)
         rows = rows.grow(max(capacity, rows.capacity))
         at = rows.lengths
-        layers = [append(*pair, at) for pair in zip(rows.k, rows.v, self.own.k, self.own.v)]
+        own = zip(rows.k, rows.v, self.own.k, self.own.v)
+        layers = [append(a, b, k.swapaxes(1, 2), v.swapaxes(1, 2), at) for a, b, k, v in own]
         rows = rows.replace_layers(layers)
         whole = rows.valid == at[None]
         return dataclasses.replace(
@@ -160,7 +161,7 @@ def make_cache(
     num_layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype
 ) -> KVCache:
     """An empty cache."""
-    shape = (batch, capacity, kv_heads, head_dim)
+    shape = (batch, kv_heads, capacity, head_dim)
     return KVCache(
         tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)),
         tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)),
@@ -183,7 +184,7 @@ def branch(
     """
     fan_out = _fan_out(parent, fan_out)
     parent = jnp.asarray(parent, jnp.int32)
-    heads, width = prefix.k[0].shape[2:]
+    _, heads, _, width = prefix.k[0].shape
     own = make_cache(
         len(prefix.k), parent.shape[0], capacity, heads, width, prefix.k[0].dtype
     )  # fmt: skip
@@ -202,7 +203,7 @@ def _fan_out(parent: jax.Array | np.ndarray, given: int | None) -> int:
 def append(
     k_cache: jax.Array, v_cache: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes one layer's new keys and values [B,T,H,K] at each row's `lengths` [B].
+    """Writes one layer's new keys and values [B,T,G,K] at each row's `lengths` [B].
 
     Tokens that would fall beyond the capacity are dropped; callers check the capacity.
     """
@@ -210,8 +211,8 @@ def append(
     rows = jnp.arange(batch)[:, None]
     slots = lengths[:, None] + jnp.arange(time)[None, :]
     return (
-        k_cache.at[rows, slots].set(k.astype(k_cache.dtype), mode="drop"),
-        v_cache.at[rows, slots].set(v.astype(v_cache.dtype), mode="drop"),
+        k_cache.at[rows, :, slots].set(k.astype(k_cache.dtype), mode="drop"),
+        v_cache.at[rows, :, slots].set(v.astype(v_cache.dtype), mode="drop"),
     )
 
 

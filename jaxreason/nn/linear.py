@@ -6,7 +6,7 @@ import string
 import jax
 import jax.numpy as jnp
 
-from jaxreason.nn.kernels import cpu
+from jaxreason.nn.kernels import cpu, decode
 
 KERNELS = ("auto", "xla", "cpu")
 
@@ -21,8 +21,13 @@ def resolve_kernels(kernels: str, platform: str | None = None) -> str:
     return "cpu" if (platform or jax.default_backend()) == "cpu" else "xla"
 
 
-def linear(x: jax.Array, w: jax.Array, kernels: str, inputs: int = 1) -> jax.Array:
-    """Contracts the last `inputs` axes of `x` [B,T,...] with the first of `w`."""
+def linear(x: jax.Array, w: jax.Array | decode.OutIn, kernels: str, inputs: int = 1) -> jax.Array:
+    """Contracts the last `inputs` axes of `x` [B,T,...] with the first of `w`.
+
+    A weight that was laid out for a token loop brings its own product.
+    """
+    if isinstance(w, decode.OutIn):
+        return decode.product(x, w)
     if kernels == "cpu":
         return cpu.linear(x, w, inputs)
     contracted = string.ascii_uppercase[:inputs]

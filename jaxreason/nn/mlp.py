@@ -36,17 +36,28 @@ def mlp_specs(
 
 def mlp(kind: Mlp, p: dict[str, jax.Array], x_btd: jax.Array, kernels: str) -> jax.Array:
     """The layer on `x` [B,T,D]."""
-    up_btf = shard(_linear(p, "up", x_btd, kernels), "batch", "seq", "mlp")
     if kind == "swiglu":
-        gate_btf = shard(_linear(p, "gate", x_btd, kernels), "batch", "seq", "mlp")
+        gate_btf, up_btf = (shard(y, "batch", "seq", "mlp") for y in _gate_up(p, x_btd, kernels))
         hidden_btf = silu_times(gate_btf, up_btf, kernels)
     else:
+        up_btf = shard(_linear(p, "up", x_btd, kernels), "batch", "seq", "mlp")
         hidden_btf = activate(kind, up_btf, kernels)
     return _linear(p, "down", hidden_btf, kernels)
 
 
+def _gate_up(p, x_btd, kernels):
+    """Gate and up [B,T,F]; one product where they lie joined for a token loop."""
+    if "gate_up" not in p:
+        return tuple(_linear(p, name, x_btd, kernels) for name in ("gate", "up"))
+    both = jnp.split(linear(x_btd, p["gate_up"], kernels), 2, axis=-1)
+    return tuple(_biased(p, name, y, kernels) for name, y in zip(("gate", "up"), both))
+
+
 def _linear(p, name, x, kernels):
-    y = linear(x, p[name], kernels)
+    return _biased(p, name, linear(x, p[name], kernels), kernels)
+
+
+def _biased(p, name, y, kernels):
     bias = p.get(f"{name}_bias")
     return y if bias is None else add_bias(y, bias, kernels)
 

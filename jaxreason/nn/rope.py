@@ -58,7 +58,7 @@ def _positive(scaling, *names: str) -> None:
             raise UserError(f"model.rope_scaling.{name} is {value}; expected more than 0")
 
 
-def scaling_from(entry: Mapping[str, Any] | None, source: str = "rope_scaling") -> Scaling:
+def scaling_from(entry: Any, source: str = "rope_scaling") -> Scaling:
     """The scaling that a Hugging Face `rope_scaling` (or `rope_parameters`) entry describes.
 
     Raises UserError for a type other than default, linear and llama3, and for numbers missing or

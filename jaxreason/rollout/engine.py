@@ -36,12 +36,13 @@ MIN_BUCKET = 16
 SAMPLE = Sampling()
 
 
-def prepare(model: Any) -> Any:
-    """The model with parameters as the token loop wants them (cast, one tree a layer).
+def prepare(model: Any, slots: int = 8) -> Any:
+    """The model with parameters as the token loop wants them (cast, one tree a layer, laid out).
 
-    `generate` does this itself; for several calls, do it once and pass what comes back.
+    `generate` does this itself; for several calls, do it once and pass what comes back. `slots` is
+    how many completions will be decoded at a time: other numbers run as well, perhaps slower.
     """
-    params = device.prepare_params(model.params, as_dtype(model.dtype))
+    params = device.prepare_params(model.params, model.config, as_dtype(model.dtype), slots)
     return dataclasses.replace(model, params=params)
 
 
@@ -127,7 +128,9 @@ def run(
     if chunk is None:
         watched = stream is not None or any(r.stop for r in requests)
         chunk = 4 if watched else 16
-    engine = _Engine(prepare(model), requests, seed, slots, chunk, stats or Stats())
+    engine = _Engine(
+        prepare(model, min(slots, len(requests))), requests, seed, slots, chunk, stats or Stats()
+    )
     while engine.working:
         if cancel is not None and cancel():
             engine.cancel()

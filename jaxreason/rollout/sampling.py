@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreason.core.errors import UserError
+from jaxreason.nn.kernels.decode import best as most_likely
 
 FILTERED = float(np.finfo(np.float32).min)
 
@@ -150,20 +151,20 @@ class Sampled:
 def sample(logits_bv: jax.Array, settings: SamplingArrays, keys_b: jax.Array) -> Sampled:
     """Draws a token a row; `keys_b` [B] are the rows' own keys, so that rows do not mix."""
     logits = logits_bv.astype(jnp.float32)
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    best, best_logprob = most_likely(logits)
 
     def draw(logits):
         scores = process(logits, settings)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys_b)
         chosen = jnp.argmax(jnp.where(scores > FILTERED, scores + noise, FILTERED), axis=-1)
         chosen = jnp.where(settings.temperature == 0, best, chosen.astype(jnp.int32))
-        return chosen, _pick(jax.nn.log_softmax(scores, axis=-1), chosen)
+        drawn = _pick(jax.nn.log_softmax(scores, axis=-1), chosen)
+        return Sampled(chosen, token_logprobs(logits, chosen), drawn)
 
-    def most_likely(logits):
-        return best, jnp.zeros(logits.shape[0], jnp.float32)
+    def take(logits):
+        return Sampled(best, best_logprob, jnp.zeros(logits.shape[0], jnp.float32))
 
-    tokens, drawn = jax.lax.cond(jnp.any(settings.temperature > 0), draw, most_likely, logits)
-    return Sampled(tokens, token_logprobs(logits, tokens), drawn)
+    return jax.lax.cond(jnp.any(settings.temperature > 0), draw, take, logits)
 
 
 def token_logprobs(logits_bv: jax.Array, tokens_b: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jaxreason.core.precision import as_dtype
 from jaxreason.models import decoder
+from jaxreason.nn.kernels import decode as kernels
 from jaxreason.nn.kv_cache import KVCache
 from jaxreason.rollout.sampling import Sampled, SamplingArrays, sample
 
@@ -57,12 +58,21 @@ class Entrants:
     sampling: SamplingArrays
 
 
-def prepare_params(params, dtype):
-    """Parameters as the token loop wants them: one tree a layer, cast once.
+def prepare_params(params, cfg, dtype, rows: int):
+    """Parameters as the token loop over `rows` rows wants them: one tree a layer, cast once.
 
-    Those of a prepared model come back as they are.
+    On CPU in the layout of `nn.kernels.decode`. Those of a prepared model come back as they are.
     """
-    params = decoder.unstack(decoder.cast(params, dtype))
+    if isinstance(params["blocks"], tuple) and "qkv" in params["blocks"][0]["attn"]:
+        return params
+    return _prepare(params, cfg=cfg, dtype=jnp.dtype(dtype).name, rows=rows)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "rows"))
+def _prepare(params, *, cfg, dtype: str, rows: int):
+    params = decoder.unstack(decoder.cast(params, as_dtype(dtype)))
+    if decoder.resolve(cfg).kernels == "cpu":
+        return kernels.prepare(params, tied=cfg.tie_embeddings, dtype=as_dtype(dtype), rows=rows)
     return {**params, "embed": params["embed"].astype(dtype)}
 
 

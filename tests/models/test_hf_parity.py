@@ -59,9 +59,9 @@ def test_logits_and_every_hidden_state(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_and_left_padded_rows_equal_separate_ones(family):
     model, ref = opened(family)
-    rows, (height, width) = parity.sequences_of(ref["tokens"], ref["lengths"]), ref["tokens"].shape
+    rows, (height, width) = parity.kept(ref), ref["tokens"].shape
     packed = parity.batch_of([rows[:1], rows[1:]], width, height=height)
-    left = parity.batch_of([[row] for row in rows], width, left=True)
+    left = parity.batch_of([[row] for row in rows], width, height=height, left=True)
     for batch in (packed, left):
         ours = parity.forward(model, batch, "float32")
         np.testing.assert_allclose(ours["logits"], ref["logits"], atol=1e-4, rtol=0)
@@ -90,8 +90,7 @@ def test_export_has_the_original_tensors(family, tmp_path):
 @pytest.mark.parametrize("family", ["olmoe", "olmoe_norm"])
 def test_load_balancing_loss_is_olmoes(family):
     model, ref = opened(family)
-    rows = [[s] for s in parity.sequences_of(ref["tokens"], ref["lengths"])]
-    batch = parity.batch_of(rows, ref["tokens"].shape[1])
+    batch = parity.batch_of([[row] for row in parity.kept(ref)], ref["tokens"].shape[1])
     objective = router_losses(model.config.moe)
     outputs = decoder.forward(model.params, model.config, batch)
     terms, _, _ = objective.terms(outputs, None, batch, None, None, 0)

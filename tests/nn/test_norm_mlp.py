@@ -48,7 +48,7 @@ def check(f, expected, *args):
             assert got == pytest.approx(difference(i, direction), rel=1e-3, abs=1e-3), (kernels, i)
 
 
-def np_layer_norm(x, scale, bias):
+def np_layer_norm(x, scale, bias) -> np.ndarray:
     x, scale, bias = (np.asarray(a, np.float64) for a in (x, scale, bias))
     centred = x - x.mean(-1, keepdims=True)
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
@@ -56,7 +56,8 @@ def np_layer_norm(x, scale, bias):
 
 def test_layer_norm():
     x = normal(0, B, T, D) * 3 + 1
-    check(lambda k, *a: layer_norm(*a, 1e-5, k), np_layer_norm, x, normal(1, D), normal(2, D))
+    ours = lambda k, x, scale, bias: layer_norm(x, scale, bias, 1e-5, k)  # noqa: E731
+    check(ours, np_layer_norm, x, normal(1, D), normal(2, D))
 
 
 def test_norm_by_kind():
