@@ -45,12 +45,13 @@ from jaxreason.recipes.methods import Method, make_phases
 from jaxreason.recipes.open_model import keep_tokenizer
 from jaxreason.recipes.resume import check_config, check_folder
 from jaxreason.recipes.teacher import TeacherConfig, check_tokenizer, open_teacher
+from jaxreason.recipes.teacher_cache import CachedTeacher, with_cache
 from jaxreason.train import state as state_lib
 from jaxreason.train.checkpoint import CheckpointConfig, Checkpointer
 from jaxreason.train.log import MetricsLog
 from jaxreason.train.loop import Run, TrainConfig, train
 from jaxreason.train.optim import OptimConfig, make_optimiser, make_schedule
-from jaxreason.train.phase import Phase
+from jaxreason.train.phase import Phase, active
 from jaxreason.train.preempt import Preemption
 from jaxreason.train.progress import Progress
 from jaxreason.train.report import report_for_run
@@ -147,6 +148,7 @@ class Built:
     init_state: Any
     begin: Start | None
     teacher: Any
+    teacher_cache: CachedTeacher | None
     fingerprint: dict[str, Any]
 
     @functools.cached_property
@@ -167,7 +169,10 @@ class Built:
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
         """Training batches on the devices, by step."""
-        for step, batch in self.train_data.iterate(start, stop):
+        batches = self.train_data.iterate(start, stop)
+        if self.teacher_cache is not None and self.phases[active(self.phases, start)].frozen:
+            batches = self.teacher_cache.extend(batches)
+        for step, batch in batches:
             yield step, self.put(batch)
 
     def step_fn(self, phase: Phase):
@@ -247,6 +252,8 @@ def build(cfg: PretrainConfig) -> Built:
         chunk=cfg.logit_chunk,
         moe=cfg.model.moe,
     )
+    rows = f"{train_data.plan_sha256} {cfg.data.batch_size} {cfg.compute_dtype}"
+    phases, teacher_cache = with_cache(phases, cfg.teacher.cache_dir, rows)
     for phase in phases:
         phase.objective.check_batch(train_data.batch(0))
     key = rng.named(rng.base_key(cfg.run.seed), "init")
@@ -273,6 +280,7 @@ def build(cfg: PretrainConfig) -> Built:
         init_state=lambda: initialise(begin.load(mesh) if begin else None),
         begin=begin,
         teacher=teacher,
+        teacher_cache=teacher_cache,
         fingerprint={
             "model": {
                 name: value

@@ -22,6 +22,7 @@ FREE = (
     "mesh",
     "data.prefetch",
     "data.cache_dir",
+    "teacher.cache_dir",
     "data.path",
     "data.held_out_batches",
     "teacher.path",

@@ -27,6 +27,9 @@ class TeacherConfig:
     """Which checkpoint of the run; None takes the newest."""
     factory: str = ""
     """`package.module:function` returning a FlaxTeacher; its code is run."""
+    cache_dir: str = ""
+    """Folder for the teacher's states of each batch: a later run on the same rows reads them and
+    does not run the teacher. Two bytes a token and feature in bfloat16. Empty keeps none."""
 
     def validate(self) -> None:
         """Raises UserError when both sources are named."""

@@ -5,6 +5,8 @@ batch that is not on disk yet is run through the teacher and saved; every later 
 (another method's setting, another student) reads it and never runs the teacher.
 """
 
+import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -17,7 +19,7 @@ from etils import epath
 
 from jaxreason.core.errors import UserError
 from jaxreason.core.outputs import Outputs
-from jaxreason.train.phase import FrozenModel
+from jaxreason.train.phase import FrozenModel, Phase
 
 FINAL = "teacher/final"
 Batch = dict[str, np.ndarray]
@@ -37,7 +39,7 @@ class CachedTeacher:
     """A frozen model whose states travel in the batch, read from disk where they are there.
 
     Args:
-      model: the teacher; `model.load` is called when a batch is missing, and once to know it.
+      model: the teacher; it is loaded to know it, and again where a batch is missing.
       directory: where the states are kept, local or in a bucket; 2 bytes a token and feature in
         bfloat16, 4 in float32, for each state asked for.
       captures: the layers whose states the objective reads, besides the state after the final norm.
@@ -60,23 +62,34 @@ class CachedTeacher:
         if jax.process_count() > 1:
             raise UserError("teacher.cache_dir is set with several hosts; it serves one, leave it")
         self._model, self._captures, self._needs_logits = model, captures, needs_logits
-        self._params: Any = model.load()
-        name = hashlib.sha256(f"{fingerprint(self._params)} {rows} {captures}".encode()).hexdigest()
-        self.directory = epath.Path(directory).expanduser() / name[:24]
-        # Static facts of its outputs: soft cap, forms of the products.
-        self._outline = jax.eval_shape(lambda p: model.apply(p, _one_token(), ()), self._params)
+        self._root, self._rows = epath.Path(directory).expanduser(), rows
         self._forward = jax.jit(lambda params, batch: model.apply(params, batch, captures))
+        self._params: Any = None
         self.computed = 0
         """Batches that the teacher was run on."""
+
+    def _load(self) -> Any:
+        if self._params is None:
+            self._params = self._model.load()
+        return self._params
+
+    @functools.cached_property
+    def directory(self) -> epath.Path:
+        """The folder of this teacher's states of these rows."""
+        what = f"{fingerprint(self._load())} {self._rows} {self._captures}"
+        return self._root / hashlib.sha256(what.encode()).hexdigest()[:24]
+
+    @functools.cached_property
+    def _outline(self) -> Outputs:
+        """Static facts of the teacher's outputs: soft cap, forms of the products."""
+        return jax.eval_shape(lambda p: self._model.apply(p, _one_token(), ()), self._load())
 
     def states(self, step: int, batch: Batch) -> Batch:
         """The teacher's states [B,T,E] of a batch of the host, by their names in the batch."""
         path = self.directory / f"{step:08d}.npz"
         if path.exists() and (known := _read(path)) is not None:
             return known
-        if self._params is None:
-            self._params = self._model.load()
-        outputs = jax.device_get(self._forward(self._params, batch))
+        outputs = jax.device_get(self._forward(self._load(), batch))
         self.computed += 1
         found = {FINAL: np.asarray(outputs.final)}
         found |= {f"teacher/{k}": np.asarray(outputs.captured[k]) for k in self._captures}
@@ -92,17 +105,43 @@ class CachedTeacher:
         """The model that a training step sees: it reads its states from the batch."""
 
         def load():
-            params = self._params if self._params is not None else self._model.load()
+            _ = self.directory, self._outline  # Both need the teacher.
+            kept = {"unembed": _unembed(self._model, self._load())} if self._needs_logits else {}
             self._params = None  # What is on disk needs no teacher; `states` loads it again.
-            return {"unembed": _unembed(self._model, params)} if self._needs_logits else {}
+            return kept
 
         def apply(params: Any, batch: Mapping[str, Any], capture: tuple[int, ...]) -> Outputs:
             captured = {k: batch[f"teacher/{k}"] for k in capture}
-            return self._outline.replace(
-                final=batch[FINAL], captured=captured, unembed=params.get("unembed"), aux=None
+            return dataclasses.replace(
+                self._outline,
+                final=batch[FINAL],
+                captured=captured,
+                unembed=params.get("unembed"),
+                aux=None,
             )
 
         return FrozenModel(load, apply, self._model.forward_flops)
+
+
+def with_cache(
+    phases: tuple[Phase, ...], directory: str, rows: str
+) -> tuple[tuple[Phase, ...], CachedTeacher | None]:
+    """The phases with the first one's teacher cached in `directory`, where one is named.
+
+    `rows` identifies the rows of every batch and the compute precision.
+    """
+    if not directory or "teacher" not in phases[0].frozen:
+        return phases, None
+    guided, teacher = phases[0], phases[0].frozen["teacher"]
+    cache = CachedTeacher(
+        teacher,
+        directory,
+        captures=guided.objective.frozen_captures["teacher"],
+        needs_logits="kl" in guided.objective.coefficients,
+        rows=rows,
+    )
+    guided = dataclasses.replace(guided, frozen={**guided.frozen, "teacher": cache.frozen()})
+    return (guided, *phases[1:]), cache
 
 
 def _one_token() -> dict[str, np.ndarray]:
