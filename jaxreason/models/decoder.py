@@ -229,13 +229,15 @@ def forward(
     dtype=jnp.float32,
     capture: tuple[int, ...] = (),
     cache: kv_cache.KVCache | kv_cache.BranchCache | None = None,
+    cache_is_empty: bool = False,
 ) -> Outputs:
     """Runs the decoder over `batch["tokens"]` [B,T] (or `inputs_embeds` [B,T,E]).
 
     `params["blocks"]` is stacked, or a tuple of one tree a layer (`unstack`). `positions` and
     `segment_ids` [B,T] belong to the batch. With `cache`, every row is one segment whose new tokens
     stand first (segment 1, then padding 0), positions continue from the cache's lengths, and the
-    updated cache comes back in the outputs. `capture` names residual streams to return: 0 what
+    updated cache comes back in the outputs; `cache_is_empty` promises that it has no token yet,
+    which makes reading a prompt cheaper. `capture` names residual streams to return: 0 what
     enters the first block, k after block k. `final` is what the unembedding reads, [B,T,E] behind
     OPT-350m's projection. With experts, `aux` has `router_logits` [L,B,T,n] and `experts`
     [L,B,T,k] of every layer.
@@ -244,7 +246,7 @@ def forward(
     params = cast(params, dtype)
     x = _embed(cfg, params, batch, dtype)
     block = functools.partial(_block, cfg, _rotary_tables(cfg, batch["positions"]))
-    run = _run_batch if cache is None else _run_cache
+    run = functools.partial(_run_cache, empty=cache_is_empty) if cache is not None else _run_batch
     x, captured, routed, cache = run(cfg, params, block, x, batch, capture, cache)
     if cfg.final_norm:
         x = norm(cfg.norm, x, params["final_norm"], cfg.norm_eps, cfg.kernels)
@@ -276,14 +278,14 @@ def _run_batch(cfg: ModelConfig, params, block, x, batch, capture, _):
     return x, captured, routed, None
 
 
-def _run_cache(cfg: ModelConfig, params, block, x, batch, capture, cache):
+def _run_cache(cfg: ModelConfig, params, block, x, batch, capture, cache, empty: bool):
     """The blocks over new tokens of a cache, unrolled: (x, captured, router's aux, new cache)."""
     blocks, layers, routed = unstack(params)["blocks"], [], []
     captured, written = {0: x} if 0 in capture else {}, None
     for window, n in cfg.spans:
         attend, written = attend_to_cache(
             cache, batch["positions"], batch["segment_ids"],
-            window=window, soft_cap=cfg.attention_soft_cap, kernels=cfg.kernels,
+            window=window, soft_cap=cfg.attention_soft_cap, kernels=cfg.kernels, empty=empty,
         )  # fmt: skip
         for _ in range(n):
             i = len(layers)

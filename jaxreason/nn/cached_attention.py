@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxreason.nn.attention import reference_attention
+from jaxreason.nn.attention import attention, make_mask, reference_attention
 from jaxreason.nn.kernels import decode
 from jaxreason.nn.kv_cache import BranchCache, KVCache, append
 
@@ -21,6 +21,7 @@ def attend_to_cache(
     window: int | None = None,
     soft_cap: float | None = None,
     kernels: str = "xla",
+    empty: bool = False,
 ) -> tuple[Attend, jax.Array]:
     """How a layer attends to `cache` when it is given new tokens.
 
@@ -28,7 +29,8 @@ def attend_to_cache(
     and continue from the cache's lengths, padding has segment 0. Returns `attend(q, k, v, layer)`,
     which gives the attention's output [B,T,H,K] and the layer with the new keys and values (`layer`
     is `cache.layer(i)`; hand the results to `cache.replace_layers`), and the tokens written [B].
-    Queries of padding get numbers that must not be read.
+    Queries of padding get numbers that must not be read. `empty` promises that no row of a
+    `KVCache` has a token yet: the new ones then attend to themselves, and are put in as one block.
     """
     written = (segments > 0).sum(axis=1).astype(jnp.int32)
     own = cache if isinstance(cache, KVCache) else cache.own
@@ -42,6 +44,8 @@ def attend_to_cache(
         return reference_attention(q, keys, values, seen, soft_cap=soft_cap), (k_all, v_all)
 
     if isinstance(cache, KVCache):
+        if empty:
+            return _first_tokens(positions, segments, window, soft_cap, kernels), written
         if positions.shape[1] == 1 and kernels == "cpu":
             return _one_token(own, written, seen, soft_cap), written
         return attend, written
@@ -55,6 +59,26 @@ def attend_to_cache(
         return o, (k_all, v_all)
 
     return attend_branch, written
+
+
+def _first_tokens(positions, segments, window, soft_cap, kernels: str) -> Attend:
+    """The first tokens of all rows, which see nothing but each other."""
+    backend = "cpu" if kernels == "cpu" and soft_cap is None else "reference"
+
+    def attend(q, k, v, layer):
+        mask = make_mask(
+            q_positions=positions, kv_positions=positions, q_segments=segments,
+            kv_segments=segments, window=window, backend=backend, dtype=q.dtype,
+        )  # fmt: skip
+        o = attention(q, k, v, mask, soft_cap=soft_cap, backend=backend)
+        return o, tuple(_put_first(to, new) for to, new in zip(layer, (k, v), strict=True))
+
+    return attend
+
+
+def _put_first(cache_bgsk: jax.Array, new_btgk: jax.Array) -> jax.Array:
+    new = new_btgk.swapaxes(1, 2).astype(cache_bgsk.dtype)
+    return jax.lax.dynamic_update_slice(cache_bgsk, new, (0, 0, 0, 0))
 
 
 def _one_token(cache: KVCache, written: jax.Array, seen: jax.Array, soft_cap) -> Attend:

@@ -256,7 +256,7 @@ class _Engine:
             counts = np.clip(lengths - start, 0, piece)
             cache, logits = device.extend(
                 self._model.params, cache, logits, rows[:, start : start + piece], counts,
-                cfg=self._cfg, dtype=self._dtype,
+                cfg=self._cfg, dtype=self._dtype, empty=start == 0,
             )  # fmt: skip
         for row, tokens in enumerate(prompts):
             self._prompts[tokens] = cache, logits, row

@@ -111,11 +111,19 @@ def _last_logits(outputs, last_b: jax.Array) -> jax.Array:
     return decoder.logits(dataclasses.replace(outputs, final=final))[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype"), donate_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "empty"), donate_argnums=(1, 2))
 def extend(
-    params, cache: KVCache, logits: jax.Array, tokens: jax.Array, counts: jax.Array, *, cfg, dtype
+    params,
+    cache: KVCache,
+    logits: jax.Array,
+    tokens: jax.Array,
+    counts: jax.Array,
+    *,
+    cfg,
+    dtype,
+    empty: bool,
 ) -> tuple[KVCache, jax.Array]:
-    """Appends the first `counts` [B] of `tokens` [B,T] to prompts.
+    """Appends the first `counts` [B] of `tokens` [B,T] to prompts, which are `empty` or not.
 
     Returns the cache and the logits [B,V] after the last token; a row without new tokens keeps the
     `logits` that it had.
@@ -126,7 +134,9 @@ def extend(
         "positions": cache.lengths[:, None] + steps,
         "segment_ids": (steps < counts[:, None]).astype(jnp.int32),
     }
-    outputs = decoder.forward(params, cfg, batch, dtype=as_dtype(dtype), cache=cache)
+    outputs = decoder.forward(
+        params, cfg, batch, dtype=as_dtype(dtype), cache=cache, cache_is_empty=empty
+    )
     new = _last_logits(outputs, jnp.maximum(counts - 1, 0))
     return outputs.cache, jnp.where((counts > 0)[:, None], new, logits)
 

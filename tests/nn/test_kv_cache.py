@@ -196,3 +196,31 @@ def test_missing_entries_are_found_and_recomputed():
 def test_traced_parents_need_a_fan_out():
     with pytest.raises(ValueError, match="fan_out"):
         jax.jit(lambda c, p: kv_cache.branch(c, p, p, 2))(prefilled(), jnp.zeros(2, jnp.int32))
+
+
+@pytest.mark.parametrize("kernels", ["xla", "cpu"])
+def test_an_empty_cache_takes_a_ragged_prompt_at_once(kernels):
+    cfg = decoder.ModelConfig(
+        vocab_size=64, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48, window=5,
+        kernels=kernels,
+    )  # fmt: skip
+    params = P.initialise(decoder.specs(cfg), jax.random.key(0))
+    lengths = np.array([7, 3], np.int32)
+    batch = {
+        "tokens": jax.random.randint(jax.random.key(1), (2, 7), 0, 64),
+        "positions": jnp.broadcast_to(jnp.arange(7, dtype=jnp.int32), (2, 7)),
+        "segment_ids": (jnp.arange(7)[None] < lengths[:, None]).astype(jnp.int32),
+    }
+    outputs = [
+        decoder.forward(
+            params, cfg, batch, cache=decoder.init_cache(cfg, 2, 9, jnp.float32), cache_is_empty=e
+        )
+        for e in (True, False)
+    ]
+    for row, n in enumerate(lengths):
+        a, b = (o.final[row, :n] for o in outputs)
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        for layer in range(2):
+            a, b = (o.cache.k[layer][row, :, :n] for o in outputs)
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    assert (outputs[0].cache.lengths == lengths).all()

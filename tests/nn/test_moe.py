@@ -253,3 +253,11 @@ def test_the_losses_join_next_token_prediction():
     both = combine(next_token(), router_losses(MOE))
     assert set(both.coefficients) == {"nll", "balance", "router_z"}
     assert set(both.needs) == {"tokens", "targets", "loss_weights", "segment_ids"}
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_grouped_form_lowers_for(platform):
+    cfg, x = Moe(num_experts=E, top_k=2, form="grouped"), normal(0, B, T, D)
+    total = jax.grad(lambda p, x: jnp.sum(moe(cfg, p, x, "xla")[0]))
+    text = jax.jit(total).trace(make_params(), x).lower(lowering_platforms=(platform,)).as_text()
+    assert ("ragged_dot" in text) == (platform == "tpu")
