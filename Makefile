@@ -62,7 +62,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@set -e; \
 	if ! { [ -z '$(PYTHON)' ] && $(PY) $(FITS) && $(PY) -m pip --version >/dev/null 2>&1; }; then \
 		$(find_python); \
-		echo "Setting up $(VENV) with $$($$python --version): about 900 MB, a minute or a few ..."; \
+		echo "Setting up $(VENV) with $$($$python --version): about 1.4 GB, a minute or a few ..."; \
 		rm -rf $(VENV); $(create_venv); \
 	else echo "Bringing $(VENV) up to date ..."; fi; \
 	$(PY) -m pip $(PIP_INSTALL) -e '.[dev]' -c constraints.txt; \

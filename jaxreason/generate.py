@@ -140,7 +140,7 @@ def read_prompts(path: str) -> list[tuple[int, dict[str, Any]]]:
         UserError: the file or a line of it is not as expected.
     """
     try:
-        lines = epath.Path(path).read_bytes().decode().splitlines()
+        lines = epath.Path(path).read_bytes().decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts: cannot read {path!r} ({error})") from None
     result = []

@@ -73,8 +73,8 @@ def register() -> type:
                 model = open_model(str(checkpoint), dtype=dtype)
             if model.tokenizer is None:
                 raise UserError(f"{checkpoint} has no tokenizer, and lm-eval speaks text")
-            self._model = prepare_model(model)
             self.batch_size = 8 if batch_size in ("auto", None) else int(batch_size)
+            self._model = prepare_model(model, slots=self.batch_size)
             stated = model.context or model.config.max_positions or DEFAULT_LENGTH
             self.max_length = int(max_length or stated)
             self._seed = seed

@@ -27,7 +27,7 @@ def linear(x: jax.Array, w: jax.Array | decode.OutIn, kernels: str, inputs: int 
     A weight that was laid out for a token loop brings its own product.
     """
     if isinstance(w, decode.OutIn):
-        return decode.product(x, w)
+        return decode.product(x, w, inputs=inputs)
     if kernels == "cpu":
         return cpu.linear(x, w, inputs)
     contracted = string.ascii_uppercase[:inputs]

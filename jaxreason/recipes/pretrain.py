@@ -252,8 +252,13 @@ def build(cfg: PretrainConfig) -> Built:
         chunk=cfg.logit_chunk,
         moe=cfg.model.moe,
     )
-    rows = f"{train_data.plan_sha256} {cfg.data.batch_size} {cfg.compute_dtype}"
-    phases, teacher_cache = with_cache(phases, cfg.teacher.cache_dir, rows)
+    phases, teacher_cache = with_cache(
+        phases,
+        cfg.teacher.cache_dir,
+        teacher.identity if teacher else "",
+        f"{train_data.corpus_sha256} {train_data.plan_sha256} {train_data.tokenizer.fingerprint} "
+        f"{cfg.data.batch_size} {cfg.compute_dtype}",
+    )
     for phase in phases:
         phase.objective.check_batch(train_data.batch(0))
     key = rng.named(rng.base_key(cfg.run.seed), "init")

@@ -62,6 +62,8 @@ class Teacher:
     num_params: int
     tokenizer_fingerprints: tuple[str, ...]
     facts: dict[str, Any]
+    identity: str = ""
+    """What it computes beside its parameters' values: settings, or a factory's name."""
     step: int | None = None
 
 
@@ -105,6 +107,7 @@ def _from_model(cfg: TeacherConfig, seq_len: int, dtype: str, mesh) -> Teacher:
         num_params=P.count(decoder.specs(model)),
         tokenizer_fingerprints=open_model.fingerprints(opened.tokenizer),
         facts={"teacher": str(cfg.path), "teacher_step": step},
+        identity=repr(model),
         # A path to one checkpoint, or to a model from elsewhere, names it already.
         step=None if manifest.is_complete(manifest.absolute(cfg.path)) else step,
     )
@@ -145,4 +148,5 @@ def _from_factory(name: str, mesh) -> Teacher:
         num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
         tokenizer_fingerprints=(made.tokenizer_fingerprint,),
         facts={"teacher": name},
+        identity=name,
     )

@@ -44,7 +44,9 @@ class CachedTeacher:
         bfloat16, 4 in float32, for each state asked for.
       captures: the layers whose states the objective reads, besides the state after the final norm.
       needs_logits: whether the objective reads the teacher's output matrix too.
-      rows: identifies the rows of every batch (the plan's hash, the batch's size, this host).
+      identity: what the teacher computes beside its parameters (its settings; the name of a
+        factory, whose changed code is not seen).
+      rows: what it reads: corpus, tokenizer, plan, batch, and the compute precision.
 
     Raises:
       UserError: with several hosts, whose batches are put together from parts.
@@ -57,12 +59,13 @@ class CachedTeacher:
         *,
         captures: tuple[int, ...],
         needs_logits: bool,
+        identity: str,
         rows: str,
     ):
         if jax.process_count() > 1:
             raise UserError("teacher.cache_dir is set with several hosts; it serves one, leave it")
         self._model, self._captures, self._needs_logits = model, captures, needs_logits
-        self._root, self._rows = epath.Path(directory).expanduser(), rows
+        self._root, self._what = epath.Path(directory).expanduser(), f"{identity} {rows} {captures}"
         self._forward = jax.jit(lambda params, batch: model.apply(params, batch, captures))
         self._params: Any = None
         self.computed = 0
@@ -76,7 +79,7 @@ class CachedTeacher:
     @functools.cached_property
     def directory(self) -> epath.Path:
         """The folder of this teacher's states of these rows."""
-        what = f"{fingerprint(self._load())} {self._rows} {self._captures}"
+        what = f"{fingerprint(self._load())} {self._what}"
         return self._root / hashlib.sha256(what.encode()).hexdigest()[:24]
 
     @functools.cached_property
@@ -124,11 +127,11 @@ class CachedTeacher:
 
 
 def with_cache(
-    phases: tuple[Phase, ...], directory: str, rows: str
+    phases: tuple[Phase, ...], directory: str, identity: str, rows: str
 ) -> tuple[tuple[Phase, ...], CachedTeacher | None]:
     """The phases with the first one's teacher cached in `directory`, where one is named.
 
-    `rows` identifies the rows of every batch and the compute precision.
+    `identity` says what the teacher computes, `rows` what it reads and in which precision.
     """
     if not directory or "teacher" not in phases[0].frozen:
         return phases, None
@@ -138,6 +141,7 @@ def with_cache(
         directory,
         captures=guided.objective.frozen_captures["teacher"],
         needs_logits="kl" in guided.objective.coefficients,
+        identity=identity,
         rows=rows,
     )
     guided = dataclasses.replace(guided, frozen={**guided.frozen, "teacher": cache.frozen()})

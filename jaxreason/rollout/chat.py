@@ -35,7 +35,7 @@ def chat(
     Raises:
         UserError: the model has no chat template, or it refuses a conversation of this form.
     """
-    model, read = prepare(model), read or input
+    model, read = prepare(model, slots=1), read or input
     start = [{"role": "system", "content": system}] if system else []
     history, turns = list(start), 0
     render_chat(model, [*start, {"role": "user", "content": "Hello"}])  # Fails before it begins.
@@ -61,14 +61,14 @@ def chat(
         if not line:
             continue
         try:
-            prompt = render_chat(model, [*history, {"role": "user", "content": line}])
-            history.append({"role": "user", "content": line})
+            asked = [*history, {"role": "user", "content": line}]
+            prompt = render_chat(model, asked)
             reply = _reply(model, prompt, sampling, max_new_tokens, stop, seed + turns, stats, out)
         except UserError as error:  # Too long for the model, say: the user may /reset.
             out.write(f"error: {error}\n")
             continue
         turns += 1
-        history.append({"role": "assistant", "content": reply})
+        history = [*asked, {"role": "assistant", "content": reply}]
 
 
 def _reply(model, prompt, sampling, max_new_tokens, stop, seed, stats, out: TextIO) -> str:

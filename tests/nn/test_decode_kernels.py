@@ -34,7 +34,7 @@ def test_product_of_several_axes_and_joined_weights(lead):
     x = rand(0, *lead, 4, 8)
     o = rand(1, 4, 8, 24)
     np.testing.assert_allclose(
-        decode.product(x, decode.out_in(o, inputs=2, pieces=5)),
+        decode.product(x, decode.out_in(o, inputs=2, pieces=5), inputs=2),
         jnp.einsum("bthk,hkd->btd", x, o),
         atol=1e-5,
     )
@@ -43,6 +43,12 @@ def test_product_of_several_axes_and_joined_weights(lead):
     got = decode.product(h, decode.out_in(q, k, k, pieces=3))
     for part, w in zip(decode.split_heads(got, 6, 2), (q, k, k), strict=True):
         np.testing.assert_allclose(part, jnp.einsum("btd,dhk->bthk", h, w), atol=1e-5)
+
+
+def test_a_product_of_one_head_keeps_the_leading_axes():
+    x, o = rand(0, 2, 1, 1, 8), rand(1, 1, 8, 24)
+    got = decode.product(x, decode.out_in(o, inputs=2), inputs=2)
+    np.testing.assert_allclose(got, jnp.einsum("bthk,hkd->btd", x, o), atol=1e-5)
 
 
 def test_a_product_of_the_wrong_width_is_refused():

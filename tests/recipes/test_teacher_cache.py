@@ -7,6 +7,7 @@ from support import REPO
 from jaxreason.main import main
 from jaxreason.recipes import teacher_cache
 from jaxreason.train.log import read_metrics
+from jaxreason.train.phase import FrozenModel
 
 TINY = f"--config={REPO}/tests/fixtures/tiny.py"
 SHORT = (
@@ -52,6 +53,24 @@ def test_cached_states_teach_the_same_and_are_made_once(arm, room, monkeypatch):
     second = losses(room, arm, f"{arm}-second", cache)
     assert [path.name for path in computed[2:]] == ["00000001.npz"]
     assert second == first
-    # Other rows are other states.
+    # Other rows are other states, and so is another text of the same lengths.
     losses(room, arm, f"{arm}-other", cache, "--config.data.seed=5")
     assert len(computed) == 3 + guided
+    text = room / f"text-{arm}"
+    text.mkdir()
+    for path in sorted((REPO / "tests/fixtures/text").iterdir()):
+        (text / path.name).write_bytes(path.read_bytes().replace(b"e", b"o"))
+    losses(room, arm, f"{arm}-text", cache, f"--config.data.path={text}")
+    assert len(computed) == 3 + 2 * guided
+
+
+def test_the_same_weights_with_other_settings_are_another_teacher(room):
+    params = {"w": np.ones((2, 2), np.float32)}
+    model = FrozenModel(lambda: params, lambda p, batch, capture: None)
+    folders = {
+        teacher_cache.CachedTeacher(
+            model, room, captures=(), needs_logits=False, identity=identity, rows=rows
+        ).directory
+        for identity, rows in [("a", "r"), ("b", "r"), ("a", "s")]
+    }
+    assert len(folders) == 3

@@ -67,27 +67,20 @@ def from_rows(w_oi: jax.Array, out: tuple[int, ...], pieces: int = 1) -> OutIn:
     return OutIn(cut, tuple(out))
 
 
-def product(x: jax.Array, w: OutIn, dtype=None) -> jax.Array:
+def product(x: jax.Array, w: OutIn, dtype=None, *, inputs: int = 1) -> jax.Array:
     """`x` [..., in] times `w`: [..., *w.out], summed in float32, in `dtype` (None: that of x).
 
-    The leading axes of `x` may be any; its last axes are the inputs, flattened.
+    The last `inputs` axes of `x` are the inputs; those before them may be any.
     """
     width = w.pieces[0].shape[1]
-    lead = _lead(x.shape, width)
+    lead = x.shape[:-inputs]
+    if math.prod(x.shape[-inputs:]) != width:
+        raise ValueError(f"an input of shape {x.shape} has no last axes of {width} features")
     rows = x.reshape(-1, width)
     dtype = dtype or x.dtype
     parts = [_rows_times(rows, piece, dtype) for piece in w.pieces]
     y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
     return y.reshape(*lead, *w.out)
-
-
-def _lead(shape, width):
-    taken = 1
-    for axis in range(len(shape) - 1, -1, -1):
-        taken *= shape[axis]
-        if taken == width:
-            return shape[:axis]
-    raise ValueError(f"an input of shape {shape} has no last axes of {width} features")
 
 
 def _rows_times(x_ni, w_oi, dtype):
