@@ -175,7 +175,7 @@ def register() -> type:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the harness' command line with our models known; returns the exit code."""
-    prepare(restart=argv is None)
+    prepare(restart=argv is None, onednn=False)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         register()

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import parity
+from jaxreason.models.hf import load_hf
+
 FOLDER = pathlib.Path(__file__).parent / "golden"
 
 
@@ -13,6 +16,12 @@ def golden(name: str) -> dict[str, np.ndarray]:
     """The arrays of `tests/golden/<name>.npz`."""
     with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as arrays:
         return dict(arrays)
+
+
+def open_family(family: str):
+    """The model of `tests/golden/hf/<family>`, in float32, and its reference arrays."""
+    folder = FOLDER / "hf" / family
+    return load_hf(folder, dtype="float32"), parity.reference(folder)
 
 
 def llama_params(z: dict[str, np.ndarray], layers: int, prefix: str = "p/"):

@@ -40,9 +40,6 @@ class PieceTokenizer:
         pieces = [PIECES[int(i) % len(PIECES)] for i in ids if int(i) != EOS]
         return b"".join(pieces).decode(errors="replace")
 
-    def save(self, folder):
-        raise NotImplementedError
-
 
 @functools.cache
 def tiny_model(**changes) -> Model:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxreason.core.errors import UserError, nearest
-from jaxreason.models.decoder import ModelConfig
 from jaxreason.models.hf_fields import Fields, rope
+from jaxreason.models.model_config import FORMS, ModelConfig
 from jaxreason.nn.rope import LinearScaling, Llama3Scaling
 
 ARCHITECTURES = {
@@ -32,7 +32,8 @@ _PLAIN_MLP = {  # name of the activation -> ours; the first name of each of ours
     "relu": "relu",
 }
 # Fields that say where and how a model runs, and not what its numbers are.
-_FORMS = ("kernels", "attention", "layers", "remat", "init_std")
+FREE = (*FORMS, "init_std")
+"""Fields that a model's weights and outputs do not depend on."""
 
 
 def from_hf(config: Mapping[str, Any], where: str = "config.json") -> tuple[ModelConfig, str]:
@@ -272,7 +273,7 @@ def plain(cfg: ModelConfig) -> dict[str, Any]:
         moe = type(cfg.moe)(**{name: getattr(cfg.moe, name) for name in kept})
         cfg = dataclasses.replace(cfg, moe=moe)
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
-    return {name: value for name, value in fields.items() if name not in _FORMS}
+    return {name: value for name, value in fields.items() if name not in FREE}
 
 
 def _write(cfg: ModelConfig, family: str) -> dict[str, Any]:

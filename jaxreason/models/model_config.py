@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from jaxreason.core.errors import UserError
 from jaxreason.nn.mlp import Mlp
 from jaxreason.nn.moe import Moe
 from jaxreason.nn.norm import Norm
 from jaxreason.nn.rope import LinearScaling, Llama3Scaling
+
+# Fields that say how a model is computed, and not what.
+FORMS = ("kernels", "attention", "layers", "remat")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +137,14 @@ class ModelConfig:
                 f"model.moe has SwiGLU experts without biases, model.mlp is {self.mlp} and "
                 f"model.mlp_bias {self.mlp_bias}; set them to swiglu and False"
             )
+
+
+def shape_of(cfg: ModelConfig) -> dict[str, Any]:
+    """The settings that a checkpoint is known by, as plain values: all but the forms."""
+    fields = dataclasses.asdict(cfg)
+    if cfg.moe is not None:
+        del fields["moe"]["form"]
+    return {name: value for name, value in fields.items() if name not in FORMS}
 
 
 def _check_sizes(cfg: ModelConfig) -> None:

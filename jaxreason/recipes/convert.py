@@ -1,7 +1,6 @@
 """Writes a model in another format: our checkpoint, or a folder that `transformers` loads."""
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import os
@@ -26,6 +25,7 @@ from jaxreason.core.new_folder import new_folder
 from jaxreason.models import decoder
 from jaxreason.models.hf import save_hf
 from jaxreason.models.model import Model
+from jaxreason.models.model_config import shape_of
 from jaxreason.recipes.open_model import ConvertedModel, open_model, stored_settings
 from jaxreason.train import arrays, manifest
 
@@ -112,11 +112,6 @@ def save_checkpoint(model: Model, to: str | os.PathLike) -> None:
         source={name: str(value) for name, value in model.source.items()},
     )
     leaves = arrays.flatten({"params": {"model": params}})
-    shape = {
-        name: value
-        for name, value in dataclasses.asdict(model.config).items()
-        if name not in ("kernels", "attention", "layers", "remat")
-    }
     meta: dict[str, Any] = {
         "format": 1,
         "step": 0,
@@ -126,7 +121,7 @@ def save_checkpoint(model: Model, to: str | os.PathLike) -> None:
         "time_saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "metrics": {},
         "model_fingerprint": {
-            "model": shape,
+            "model": shape_of(model.config),
             "tokenizer": model.tokenizer.fingerprint if model.tokenizer else None,
         },
         "leaves": arrays.describe(leaves),

@@ -10,11 +10,9 @@ from jaxreason import config as config_lib
 from jaxreason.core.errors import UserError
 from jaxreason.core.text import HfTokenizer, Tokenizer
 from jaxreason.models.decoder import ModelConfig
-from jaxreason.models.hf_config import plain
+from jaxreason.models.hf_config import FREE, plain
 from jaxreason.recipes import open_model
 from jaxreason.train import manifest
-
-_FORMS = ("kernels", "attention", "layers", "remat", "init_std")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +76,7 @@ def _begun(run: str) -> Any:
 
 def _merge(wanted: ModelConfig, source: ModelConfig, where: str) -> ModelConfig:
     """The source's shape in the forms that are wanted; UserError where another shape is wanted."""
-    forms = {name: getattr(wanted, name) for name in _FORMS}
+    forms = {name: getattr(wanted, name) for name in FREE}
     shape = dataclasses.replace(source, **forms)
     if wanted == dataclasses.replace(ModelConfig(), **forms):
         return shape

@@ -38,6 +38,7 @@ from jaxreason.data import DataConfig
 from jaxreason.eval.perplexity import make_eval_step, perplexity
 from jaxreason.models import decoder
 from jaxreason.models.decoder import ModelConfig
+from jaxreason.models.model_config import shape_of
 from jaxreason.objectives.lm import NextToken
 from jaxreason.recipes import facts as facts_lib
 from jaxreason.recipes.init import InitConfig, Start, open_init
@@ -287,11 +288,7 @@ def build(cfg: PretrainConfig) -> Built:
         teacher=teacher,
         teacher_cache=teacher_cache,
         fingerprint={
-            "model": {
-                name: value
-                for name, value in dataclasses.asdict(cfg.model).items()
-                if name not in ("kernels", "attention", "layers", "remat")
-            },
+            "model": shape_of(cfg.model),
             "tokenizer": train_data.tokenizer.fingerprint,
         },
     )

@@ -68,8 +68,6 @@ class CachedTeacher:
         self._root, self._what = epath.Path(directory).expanduser(), f"{identity} {rows} {captures}"
         self._forward = jax.jit(lambda params, batch: model.apply(params, batch, captures))
         self._params: Any = None
-        self.computed = 0
-        """Batches that the teacher was run on."""
 
     def _load(self) -> Any:
         if self._params is None:
@@ -93,7 +91,6 @@ class CachedTeacher:
         if path.exists() and (known := _read(path)) is not None:
             return known
         outputs = jax.device_get(self._forward(self._load(), batch))
-        self.computed += 1
         found = {FINAL: np.asarray(outputs.final)}
         found |= {f"teacher/{k}": np.asarray(outputs.captured[k]) for k in self._captures}
         _write(path, found)
@@ -101,8 +98,11 @@ class CachedTeacher:
 
     def extend(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
         """Adds the states to batches as they come."""
-        for step, batch in batches:
-            yield step, batch | self.states(step, batch)
+        try:
+            for step, batch in batches:
+                yield step, batch | self.states(step, batch)
+        finally:
+            self._params = None  # The teacher leaves with its phase.
 
     def frozen(self) -> FrozenModel:
         """The model that a training step sees: it reads its states from the batch."""

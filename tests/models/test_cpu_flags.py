@@ -29,33 +29,38 @@ from jaxreason.objectives.moe import router_losses
 path, flags = sys.argv[1], sys.argv[2]
 rng = np.random.default_rng(0)
 B, T = 4, 64
-batch = {
-    "tokens": jnp.asarray(rng.integers(0, 256, (B, T)), jnp.int32),
-    "targets": jnp.asarray(rng.integers(0, 256, (B, T)), jnp.int32),
-    "positions": jnp.tile(jnp.arange(T)[None], (B, 1)),
-    "segment_ids": jnp.ones((B, T), jnp.int32),
-    "loss_weights": jnp.ones((B, T)),
-}
+LENGTHS = {"llama": 256}
+
+def batch_of(length):
+    return {
+        "tokens": jnp.asarray(rng.integers(0, 256, (B, length)), jnp.int32),
+        "targets": jnp.asarray(rng.integers(0, 256, (B, length)), jnp.int32),
+        "positions": jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (B, length)),
+        "segment_ids": jnp.ones((B, length), jnp.int32),
+        "loss_weights": jnp.ones((B, length)),
+    }
+
 SHAPE = dict(vocab_size=256, d_model=256, num_layers=1, num_heads=4, d_ff=352, init_std=0.08)
 BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
 FAMILIES = {
-    "llama": dict(),
+    "llama": dict(d_model=512, d_ff=1408, init_std=0.06),
     "llama with biases": BIASES,
     "pythia": dict(norm="layer", mlp="gelu", parallel_residual=True, **BIASES),
     "gelu_tanh": dict(norm="layer", mlp="gelu_tanh", qkv_bias=True),
     "opt": dict(norm="layer", mlp="relu", positions="learned", max_positions=T, **BIASES),
     "olmoe": dict(d_ff=96, moe=Moe(num_experts=4, top_k=2), qk_norm=True, qk_norm_scope="all"),
 }
+BATCHES = {family: batch_of(LENGTHS.get(family, T)) for family in FAMILIES}
 FORMS = {"llama": 3, "gelu_tanh": 1, "opt": 1}
 
 def gradient(family, kernels, dtype):
     cfg = decoder.resolve(decoder.ModelConfig(**(SHAPE | FAMILIES[family]), kernels=kernels))
-    normal = np.random.default_rng(1).normal
+    normal, batch = np.random.default_rng(1).normal, BATCHES[family]
 
     def draw(path, leaf):
         name = P.path_name(path)
         scale = name.endswith(("norm", "scale"))
-        return jnp.asarray(0.08 * normal(size=leaf.shape) + scale, jnp.float32)
+        return jnp.asarray(cfg.init_std * normal(size=leaf.shape) + scale, jnp.float32)
 
     params = jax.tree_util.tree_map_with_path(draw, P.abstract(decoder.specs(cfg)))
 
@@ -65,7 +70,7 @@ def gradient(family, kernels, dtype):
         if cfg.moe is not None:
             sums = router_losses(cfg.moe).terms(out, {}, batch, None, None, 0)[0]
             total += sums["balance"] + sums["router_z"]
-        return total / (B * T)
+        return total / batch["tokens"].size
 
     leaves = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params))
     return {f"{family}/{P.path_name(p)}": np.asarray(x, np.float32) for p, x in leaves}
@@ -105,7 +110,8 @@ def test_gradients_with_the_flags_equal_those_without(tmp_path):
     worst = json.loads(out.strip().splitlines()[-1])
     assert worst.pop("sums")[1:] == [4096.0, 4096.0]
     for case, (apart, name) in worst.items():
-        bound = 0.05 if "bfloat16" in case else 1e-4
-        # Rounding turns the sign of a ReLU, or sends a token elsewhere; so it does without flags.
-        bound *= 3 if case.startswith(("opt", "olmoe")) else 1
+        bound = 1e-4
+        if "bfloat16" in case:
+            # Rounding turns a ReLU's sign, or sends a token elsewhere; so it does without flags.
+            bound = 0.15 if case.startswith(("opt", "olmoe")) else 0.05
         assert apart < bound, (case, name, apart)

@@ -8,7 +8,7 @@ import struct
 
 import numpy as np
 import pytest
-from goldens import FOLDER
+from goldens import FOLDER, open_family
 
 from benchmarks import parity
 from jaxreason.models import decoder
@@ -18,11 +18,14 @@ from jaxreason.objectives.moe import router_losses
 FAMILIES = sorted(folder.name for folder in (FOLDER / "hf").iterdir())
 
 
-@functools.cache
-def opened(family: str):
-    """A family's model and reference; kept, since several tests read them."""
-    folder = FOLDER / "hf" / family
-    return load_hf(folder, dtype="float32"), parity.reference(folder)
+# Kept, since several tests read them, until the last one here is done.
+opened = functools.cache(open_family)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release():
+    yield
+    opened.cache_clear()
 
 
 def tensors(folder: pathlib.Path) -> dict[str, tuple]:

@@ -62,19 +62,19 @@ def teacher_bytes() -> int:
 def test_a_teacher_guides_and_leaves(arm, room, monkeypatch):
     phases, metric = ARMS[arm]
     seen, make = [], pretrain.Built.step_fn
-    gc.collect()
-    before = teacher_bytes()  # Of other tests: models that a fixture still holds.
 
     def watched(built, phase):
         step = make(built, phase)
 
         def call(state, frozen, batch):
-            seen.append((phase.name, sorted(frozen), teacher_bytes() - before))
+            seen.append((phase.name, sorted(frozen), teacher_bytes()))
             return step(state, frozen, batch)
 
         return call
 
     monkeypatch.setattr(pretrain.Built, "step_fn", watched)
+    gc.collect()
+    assert teacher_bytes() == 0
     assert main([*arguments(room, arm), f"--config.run.dir={room}/{arm}"]) == 0
     assert [name for name, _, _ in seen] == phases
     facts = json.loads((room / arm / "facts.json").read_text())

@@ -4,10 +4,9 @@ import functools
 
 import numpy as np
 import pytest
-from goldens import FOLDER
+from goldens import open_family
 
 from benchmarks import parity
-from jaxreason.models.hf import load_hf
 from jaxreason.rollout import GREEDY, generate
 
 # `benchmarks.parity` does so for the other settings in that folder; compiling takes seconds each.
@@ -17,11 +16,14 @@ FAMILIES = (
 )  # fmt: skip
 
 
-@functools.cache
-def opened(family: str):
-    """A family's model, in float32, and its reference."""
-    folder = FOLDER / "hf" / family
-    return load_hf(folder, dtype="float32"), parity.reference(folder)
+# Kept, since several tests read them, until the last one here is done.
+opened = functools.cache(open_family)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release():
+    yield
+    opened.cache_clear()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
