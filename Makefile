@@ -54,6 +54,36 @@ format: $(STAMP) ## format the code and mend what the linter can mend
 bench: $(STAMP) ## measure the train step's speed on this machine
 	@$(PY) -m benchmarks.step $(ARGS)
 
+# Compilers for hardware that is not here: an environment of their own, 1.3 GB with the TPU's and
+# 3.5 GB more with the GPU's. JAX itself runs on the CPU there.
+AOT_VENV := .cache/aot-venv
+AOT_PY = $(AOT_VENV)/bin/python
+AOT_CI := let_1p4b_v5e_4x4,let_1p4b_v5p_2x2x4
+
+.PHONY: aot
+aot: $(AOT_VENV)/.cuda ## compile the large configs for TPU and GPU slices, hold their budgets (ARGS=--update)
+	@$(AOT_PY) -m benchmarks.aot_gates $(ARGS)
+
+.PHONY: aot-ci
+aot-ci: $(AOT_VENV)/.tpu ## the two gates that CI holds
+	@$(AOT_PY) -m benchmarks.aot_gates --only=$(AOT_CI) $(ARGS)
+
+.PHONY: aot-scaling
+aot-scaling: $(AOT_VENV)/.tpu ## bytes a chip from 16 to 512 chips, by compiling (ARGS=--update)
+	@$(AOT_PY) -m benchmarks.aot_scaling $(ARGS)
+
+$(AOT_VENV)/.tpu: VENV := $(AOT_VENV)
+$(AOT_VENV)/.tpu: pyproject.toml constraints.txt
+	@set -e; if [ ! -x $(PY) ]; then $(find_python); \
+		echo "Setting up $(VENV) with the TPU compiler ..."; \
+		rm -rf $(VENV); mkdir -p $(dir $(VENV)); $(create_venv); fi; \
+	$(PY) -m pip $(PIP_INSTALL) -e '.[aot]' -c constraints.txt; touch $@
+
+$(AOT_VENV)/.cuda: VENV := $(AOT_VENV)
+$(AOT_VENV)/.cuda: $(AOT_VENV)/.tpu
+	@echo "Adding the GPU compiler to $(VENV): about 3 GB to download ..."; \
+	$(PY) -m pip $(PIP_INSTALL) -e '.[aot,cuda]' -c constraints.txt; touch $@
+
 .PHONY: venv
 venv: $(STAMP) ## set up .venv with the pinned packages
 	@:

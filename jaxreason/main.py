@@ -1,13 +1,14 @@
 """The command line.
 
     python -m jaxreason.main --config=experiments/let/stdlib.py [--config.train.steps=200 ...]
+    python -m jaxreason.main --config=FILE --compile_for=tpu:v5p:4x4x4 [--json=PATH]
     python -m jaxreason.main demo [FOLDER]
     python -m jaxreason.main compare RUN RUN [RUN ...]
     python -m jaxreason.main report RUN [--against=RUN]
     python -m jaxreason.main export RUN --to=tensorboard|wandb|trackio
 
-Exit codes: 0 done, 2 bad input (one line says what), 75 stopped by a preemption notice after saving
-(start the same command again).
+Exit codes: 0 done, 2 bad input (one line says what), 3 a step does not fit where --compile_for was
+to compile it, 75 stopped by a preemption notice after saving (start the same command again).
 """
 
 import errno
@@ -19,39 +20,55 @@ from collections.abc import Sequence
 
 from jaxreason.config import Usage
 from jaxreason.core.errors import Preempted, UserError, nearest
-from jaxreason.core.platform import compilation_cache, prepare
+from jaxreason.core.platform import compilation_cache, prepare, prepare_compile_for
 
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: launchers start the command again.
 PROG = "python -m jaxreason.main"
+FLAGS = {
+    "compile_for": (
+        str,
+        "compiles every phase's step for hardware that need not be here (tpu:v5p:4x4x4, "
+        "gpu:h100:8), reports memory, transfers and bounds, and trains nothing",
+    ),
+    "json": (str, "with --compile_for: the file for its report, - for standard output"),
+}
 
 
 def _start_jax() -> None:
     """JAX with its compilation cache, and with the other hosts where there are any."""
-    import jax
+    from jaxreason.train import hosts
 
     compilation_cache()
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").count(",")
-    tasks = int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in os.environ else 1
-    if "JAX_COORDINATOR_ADDRESS" in os.environ or hosts or tasks > 1:
-        jax.distributed.initialize()  # Cloud TPU and SLURM tell JAX the rest.
+    hosts.join()
 
 
-def _train(argv: Sequence[str]) -> None:
+def _train(argv: Sequence[str]) -> int:
     from jaxreason import config
     from jaxreason.recipes import pretrain
 
     recipes = {"pretrain": (pretrain.PretrainConfig, pretrain.run)}
     command = config.parse(
-        argv, recipes={name: root for name, (root, _) in recipes.items()}, default="pretrain"
+        argv,
+        recipes={name: root for name, (root, _) in recipes.items()},
+        default="pretrain",
+        flags=FLAGS,
     )
     if command.help is not None:
         print(command.help)
-        return
+        return 0
+    if (target := command.flags["compile_for"]) is not None:
+        from jaxreason.recipes import compile_for
+
+        compilation_cache()
+        return compile_for.run(command.config, target, json_path=command.flags["json"] or "")
+    if command.flags["json"] is not None:
+        raise UserError("--json is the report of --compile_for; give that too")
     _start_jax()
     run = recipes[command.recipe or "pretrain"][1]
     report = run(command.config, command=shlex.join(["python", "-m", "jaxreason.main", *argv]))
     print(f"report: {report}")
+    return 0
 
 
 def _demo(argv: Sequence[str]) -> None:
@@ -118,8 +135,12 @@ def _storage(error: OSError) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
-    prepare(restart=argv is None)
-    argv = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if any(arg.startswith("--compile_for") for arg in given):
+        prepare_compile_for()
+    else:
+        prepare(restart=argv is None)
+    argv = given
     try:
         if argv and not argv[0].startswith("-"):
             if argv[0] not in COMMANDS:
@@ -128,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError(f"unknown command {argv[0]!r}{hint}")
             COMMANDS[argv[0]](argv[1:])
         else:
-            _train(argv)
+            return _train(argv)
     except UserError as error:
         usage = isinstance(error, Usage)
         print(error if usage else f"error: {error}", file=sys.stderr)
@@ -155,4 +176,9 @@ if __name__ == "__main__":
     # The module imported by name, so that a config file's classes are those of the command.
     from jaxreason.main import main as imported_main
 
-    sys.exit(imported_main())
+    code = imported_main()
+    if "jax" in sys.modules:
+        from jaxreason.train.hosts import leave
+
+        code = leave(code)
+    sys.exit(code)

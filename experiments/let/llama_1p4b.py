@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> PretrainConfig:
     steps = TOKENS // (SEQ_LEN * BATCH)
     return PretrainConfig(
         run=RunConfig(title="LET 1.4B", expected="1.6 times fewer steps (paper, 1.4B)"),
-        model=dataclasses.replace(PRESETS["llama_1p4b"], remat="full"),
+        model=dataclasses.replace(PRESETS["llama_1p4b"], vocab_size=49152, remat="full"),
         data=DataConfig(
             tokenizer=HfJson(path=""),
             seq_len=SEQ_LEN,
@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> PretrainConfig:
             held_out_batches=16,
         ),
         method=Let(lambda_0=0.1),
-        teacher=TeacherConfig(),
+        teacher=TeacherConfig(shape=PRESETS["smollm_135m"]),
         optim=OptimConfig(learning_rate=3e-4, warmup_steps=1000),
         train=TrainConfig(steps=steps, log_every=20, eval_every=1000),
         checkpoint=CheckpointConfig(every_steps=1000, keep_last=3),

@@ -72,6 +72,29 @@ def prepare(*, restart: bool = False, onednn: bool = True) -> None:
     os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
 
 
+def prepare_compile_for() -> None:
+    """Sets the environment to compile for hardware that is not here; before JAX is imported.
+
+    JAX itself runs on the CPU. libtpu is kept from asking a cloud's metadata server what machine
+    this is, and told what it would ask for, so that it does not complain.
+    """
+    if "jax" in sys.modules:
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    quiet = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # No device is opened, so none is fought over.
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+
+
 def compilation_cache() -> None:
     """Keeps compiled programs on disk, so that a second run starts in seconds."""
     if "onednn_custom_call=true" in os.environ.get("XLA_FLAGS", ""):

@@ -14,7 +14,7 @@ from jaxreason.core.outputs import Outputs
 from jaxreason.core.params import ParamSpec
 from jaxreason.models.model_config import ModelConfig
 from jaxreason.nn import kv_cache, rope, stack
-from jaxreason.nn.attention import attention, make_mask
+from jaxreason.nn.attention import attention, check_platform, choose_backend, make_mask
 from jaxreason.nn.cached_attention import attend_to_cache
 from jaxreason.nn.kernels import decode
 from jaxreason.nn.linear import add_bias, linear, resolve_kernels
@@ -146,7 +146,7 @@ def _block(cfg: ModelConfig, rotary, attend, p, x_btd: jax.Array, layer):
 def _attend_to_batch(cfg: ModelConfig, window, positions, segments, dtype):
     mask = make_mask(
         q_positions=positions, kv_positions=positions, q_segments=segments, kv_segments=segments,
-        window=window, backend=cfg.attention, dtype=dtype,
+        window=window, backend=cfg.attention, dtype=dtype, in_row_order=True,
     )  # fmt: skip
 
     def attend(q, k, v, _):
@@ -156,16 +156,28 @@ def _attend_to_batch(cfg: ModelConfig, window, positions, segments, dtype):
     return attend
 
 
-def resolve(cfg: ModelConfig, platform: str | None = None) -> ModelConfig:
-    """Replaces every `auto` by what it means on a platform (None: JAX's default)."""
+def resolve(
+    cfg: ModelConfig, platform: str | None = None, *, dtype=None, seq_len: int | None = None
+) -> ModelConfig:
+    """Replaces every `auto` by what it means on a platform (None: JAX's default).
+
+    Attention depends on the compute `dtype` and on the length of the rows too, where they are known
+    (see `nn.attention.choose_backend`). Raises UserError for a kernel of another platform.
+    """
     kernels = resolve_kernels(cfg.kernels, platform)
-    plain = kernels == "xla" or cfg.attention_soft_cap is not None
+    backend = choose_backend(
+        platform or jax.default_backend(),
+        head_width=cfg.head_width, soft_cap=cfg.attention_soft_cap, dtype=dtype, seq_len=seq_len,
+    )  # fmt: skip
     auto = {
-        "attention": "reference" if plain else "cpu",
+        "attention": "reference" if backend == "cpu" and kernels == "xla" else backend,
         "layers": "scan" if kernels == "xla" else "unroll",
     }
     changes = {name: value for name, value in auto.items() if getattr(cfg, name) == "auto"}
-    return dataclasses.replace(cfg, kernels=kernels, **changes)
+    resolved = dataclasses.replace(cfg, kernels=kernels, **changes)
+    if platform is not None:
+        check_platform(resolved.attention, platform)
+    return resolved
 
 
 def cast(params, dtype):
@@ -242,7 +254,7 @@ def forward(
     OPT-350m's projection. With experts, `aux` has `router_logits` [L,B,T,n] and `experts`
     [L,B,T,k] of every layer.
     """
-    cfg = resolve(cfg)
+    cfg = resolve(cfg, dtype=dtype, seq_len=batch["positions"].shape[1])
     params = cast(params, dtype)
     x = _embed(cfg, params, batch, dtype)
     block = functools.partial(_block, cfg, _rotary_tables(cfg, batch["positions"]))

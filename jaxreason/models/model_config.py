@@ -85,13 +85,16 @@ class ModelConfig:
     """Standard deviation of initial weights; output projections divide it by sqrt(2 * layers)."""
     kernels: Literal["auto", "xla", "cpu"] = "auto"
     """Forms of the parts: cpu are those that XLA's CPU compiler runs fast. auto: by the device."""
-    attention: Literal["auto", "reference", "cpu"] = "auto"
-    """Attention backend. auto: by `kernels`."""
+    attention: Literal["auto", "reference", "cpu", "blocked", "splash", "cudnn"] = "auto"
+    """Attention backend: reference (the definition), cpu (XLA's CPU compiler), blocked (long rows,
+    any device), splash (TPU), cudnn (GPU, half precision). auto: by device, precision and length.
+    All honour segments and windows."""
     layers: Literal["auto", "scan", "unroll"] = "auto"
     """Scan compiles one layer; unroll runs faster on CPU. auto: by `kernels`."""
-    remat: Literal["none", "full", "dots", "minimal"] = "none"
-    """What the backward pass computes again: nothing, everything, all but products, or all but
-    products without a batch dimension."""
+    remat: Literal["none", "full", "attention", "dots", "minimal", "minimal_attention"] = "none"
+    """What the backward pass computes again: nothing; everything; all but attention; all but
+    products; all but products with weights; all but these and attention. That attention is kept
+    holds for the splash kernel; the other backends compute theirs again."""
 
     @property
     def kv_heads(self) -> int:
@@ -186,9 +189,9 @@ def _check_attention(cfg: ModelConfig) -> None:
             f"model.window_from is {cfg.window_from}; expected 0 to model.num_layers "
             f"{cfg.num_layers}"
         )
-    if cfg.attention == "cpu" and cfg.attention_soft_cap is not None:
+    if cfg.attention in ("cpu", "cudnn") and cfg.attention_soft_cap is not None:
         raise UserError(
-            "model.attention cpu has no soft cap; set model.attention to reference, or "
+            f"model.attention {cfg.attention} has no soft cap; set model.attention to blocked, or "
             "model.attention_soft_cap to None"
         )
 

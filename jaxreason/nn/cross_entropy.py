@@ -6,10 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxreason.core.mesh import PARAM_RULES, parts, shard
 from jaxreason.nn.kernels import cpu
 from jaxreason.nn.linear import linear
 
-# Float32 logits held at once, in elements a call (256 MB), where no chunk is configured.
+# Float32 logits held at once, in elements a device (256 MB), where no chunk is configured.
 AUTO_ELEMENTS = 2**26
 
 
@@ -38,24 +39,69 @@ def auto_chunk(shape: tuple[int, ...], vocab: int, chunk: int = 0) -> int:
     return chunk
 
 
-def _split(x: jax.Array, chunk: int) -> jax.Array:
-    """[B,T,...] -> [T/chunk, B, chunk, ...]: the batch axis stays sharded as it was."""
-    b, t = x.shape[:2]
-    return jnp.moveaxis(x.reshape(b, t // chunk, chunk, *x.shape[2:]), 1, 0)
+def _cut(shape: tuple[int, ...], vocab: int, chunk: int) -> tuple[tuple[int, int], int]:
+    """Into how many parts the mesh cuts the rows and the sequence, and the tokens of a chunk."""
+    (b, t), (rows, seq) = shape, (parts("batch", shape[0]), parts("seq", shape[1]))
+    return (rows, seq), auto_chunk((b // rows, t // seq), vocab // parts("vocab", vocab), chunk)
+
+
+def _split(x: jax.Array, cut: tuple[int, int], chunk: int) -> jax.Array:
+    """[B,T,...] -> [chunks, *cut, rows, chunk, ...]: a piece of every device's part a chunk.
+
+    On one device the two axes of the cut are left out.
+    """
+    (b, t), (rows, seq), rest = x.shape[:2], cut, x.shape[2:]
+    if rows * seq == 1:
+        return jnp.moveaxis(x.reshape(b, t // chunk, chunk, *rest), 1, 0)
+    x = x.reshape(rows, b // rows, seq, t // seq // chunk, chunk, *rest)
+    x = jnp.moveaxis(x, (3, 0, 2), (0, 1, 2))
+    return shard(x, None, "batch", "seq", *(None,) * (x.ndim - 3))
+
+
+def _join(x: jax.Array, cut: tuple[int, int], shape: tuple[int, ...]) -> jax.Array:
+    """The way back from `_split`."""
+    if cut == (1, 1):
+        return jnp.moveaxis(x, 0, 1).reshape(shape)
+    return shard(jnp.moveaxis(x, (0, 1, 2), (3, 0, 2)).reshape(shape), "batch", "seq", None)
+
+
+def _each(x_dv: jax.Array, cut: tuple[int, int]) -> jax.Array:
+    """[D,V] -> [*cut,D,V]: one copy for each part of the batch, on the devices that hold it.
+
+    Its gradient is summed over the devices once, at the end. That of the table itself, in a loop
+    over chunks, would be summed over them in every turn.
+    """
+    if cut == (1, 1):
+        return x_dv
+    copies = jnp.broadcast_to(x_dv, (*cut, *x_dv.shape))
+    return shard(copies, "batch", "seq", None, "vocab")
 
 
 def _logits(hidden, unembed, soft_cap, kernels):
-    if kernels == "cpu":  # Asked for float32, XLA would leave AMX (see kernels/cpu.py).
+    if kernels == "cpu" and hidden.ndim == 3:
+        # Asked for float32, XLA would leave AMX (see kernels/cpu.py).
         raw = cpu.linear(hidden, unembed).astype(jnp.float32)
     else:
-        raw = jnp.einsum("btd,dv->btv", hidden, unembed, preferred_element_type=jnp.float32)
+        raw = jnp.einsum(
+            "...btd,...dv->...btv", hidden, unembed, preferred_element_type=jnp.float32
+        )
     return raw if soft_cap is None else soft_cap * jnp.tanh(raw / soft_cap)
+
+
+def _at(logits, targets, kernels):
+    """Each token's logit of its target."""
+    if kernels == "cpu":
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # A sum of one value and zeros: fused with what reads the logits, and cut with the vocabulary,
+    # where a gather would collect it.
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
 
 
 def _chunk_sums(hidden, unembed, targets, weights, z_loss, soft_cap, kernels):
     logits = _logits(hidden, unembed, soft_cap, kernels)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    at_target = _at(logits, targets, kernels)
     nll = jnp.sum(weights * (log_z - at_target))
     z_squared = jnp.sum(weights * log_z**2)
     correct = jnp.sum(weights * (at_target >= logits.max(axis=-1)))
@@ -78,24 +124,26 @@ def cross_entropy(
     Only `.loss` may be differentiated, with respect to `hidden` and `unembed`: its gradient is
     computed chunk by chunk beside the forward, so no logits are kept and none is computed twice.
     """
-    chunk = auto_chunk(targets_bt.shape, unembed_dv.shape[1], chunk)
+    cut, chunk = _cut(targets_bt.shape, unembed_dv.shape[1], chunk)
+    unembed = _each(unembed_dv, cut)
 
     def body(total, xs):
-        sums, _ = _chunk_sums(xs[0], unembed_dv, xs[1], xs[2], z_loss, soft_cap, kernels)
+        sums, _ = _chunk_sums(xs[0], unembed, xs[1], xs[2], z_loss, soft_cap, kernels)
         return jax.tree.map(jnp.add, total, sums), None
 
-    xs = tuple(_split(x, chunk) for x in (hidden_btd, targets_bt, weights_bt))
+    xs = tuple(_split(x, cut, chunk) for x in (hidden_btd, targets_bt, weights_bt))
     return jax.lax.scan(body, _zero(), xs)[0]
 
 
 def _forward(hidden_btd, unembed_dv, targets_bt, weights_bt, z_loss, soft_cap, chunk, kernels):
-    chunk = auto_chunk(targets_bt.shape, unembed_dv.shape[1], chunk)
+    cut, chunk = _cut(targets_bt.shape, unembed_dv.shape[1], chunk)
+    unembed = _each(unembed_dv, cut)
 
     def body(carry, xs):
         total, d_unembed = carry
         hidden, targets, weights = xs
         sums, (logits, log_z) = _chunk_sums(
-            hidden, unembed_dv, targets, weights, z_loss, soft_cap, kernels
+            hidden, unembed, targets, weights, z_loss, soft_cap, kernels
         )
         # d(log_z - logit_y + z log_z^2) / d logits = p (1 + 2 z log_z) - onehot(y)
         d = jnp.exp(logits - log_z[..., None]) * (1 + 2 * z_loss * log_z)[..., None]
@@ -104,18 +152,23 @@ def _forward(hidden_btd, unembed_dv, targets_bt, weights_bt, z_loss, soft_cap, c
         if soft_cap is not None:
             d = d * (1 - (logits / soft_cap) ** 2)
         d = d.astype(hidden.dtype)
-        d_hidden = linear(d, unembed_dv.T, kernels)
-        if kernels == "cpu":
+        if kernels == "cpu" and cut == (1, 1):
+            d_hidden = linear(d, unembed.T, kernels)
             rows = hidden.reshape(-1, hidden.shape[-1])
             d_unembed += (rows.T @ d.reshape(-1, d.shape[-1])).astype(jnp.float32)
         else:
-            d_unembed += jnp.einsum("btd,btv->dv", hidden, d, preferred_element_type=jnp.float32)
+            d_hidden = jnp.einsum("...btv,...dv->...btd", d, unembed)
+            d_unembed += jnp.einsum(
+                "...btd,...btv->...dv", hidden, d, preferred_element_type=jnp.float32
+            )
         return (jax.tree.map(jnp.add, total, sums), d_unembed), d_hidden
 
-    xs = tuple(_split(x, chunk) for x in (hidden_btd, targets_bt, weights_bt))
-    start = (_zero(), jnp.zeros(unembed_dv.shape, jnp.float32))
+    xs = tuple(_split(x, cut, chunk) for x in (hidden_btd, targets_bt, weights_bt))
+    start = (_zero(), _each(jnp.zeros(unembed_dv.shape, jnp.float32), cut))
     (sums, d_unembed), d_hidden = jax.lax.scan(body, start, xs)
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden_btd.shape)
+    d_hidden = _join(d_hidden, cut, hidden_btd.shape)
+    if cut != (1, 1):  # Over the devices, to where the parameter's parts lie.
+        d_unembed = shard(d_unembed.sum((0, 1)), "embed", "vocab", rules=PARAM_RULES)
     return sums, (d_hidden, d_unembed, unembed_dv[:0])
 
 
@@ -150,17 +203,18 @@ def distillation(
     """
     vocab = min(unembed_dv.shape[1], teacher_unembed_ev.shape[1])
     unembed_dv, teacher_unembed_ev = unembed_dv[:, :vocab], teacher_unembed_ev[:, :vocab]
-    chunk = auto_chunk(weights_bt.shape, 2 * vocab, chunk)
+    cut, chunk = _cut(weights_bt.shape, 2 * vocab, chunk)
+    unembed_each, teacher_each = _each(unembed_dv, cut), _each(teacher_unembed_ev, cut)
 
     @jax.checkpoint
     def one(hidden, teacher, weights, unembed):
         log_q = jax.nn.log_softmax(_logits(hidden, unembed, soft_cap, kernels) / temperature)
-        teacher_logits = _logits(teacher, teacher_unembed_ev, teacher_soft_cap, kernels)
+        teacher_logits = _logits(teacher, teacher_each, teacher_soft_cap, kernels)
         log_p = jax.lax.stop_gradient(jax.nn.log_softmax(teacher_logits / temperature))
         return jnp.sum(weights * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
     def body(total, xs):
-        return total + one(*xs, unembed_dv), None
+        return total + one(*xs, unembed_each), None
 
-    xs = tuple(_split(x, chunk) for x in (hidden_btd, teacher_hidden_bte, weights_bt))
+    xs = tuple(_split(x, cut, chunk) for x in (hidden_btd, teacher_hidden_bte, weights_bt))
     return temperature**2 * jax.lax.scan(body, jnp.float32(0), xs)[0]

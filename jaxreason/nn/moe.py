@@ -1,4 +1,4 @@
-"""A mixture of experts: top-k routing and two forms of the experts that give the same numbers."""
+"""A mixture of experts: top-k routing and three forms of the experts that give the same numbers."""
 
 import dataclasses
 from typing import Any, Literal
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxreason.core.errors import UserError
 from jaxreason.core.mesh import shard
 from jaxreason.core.params import ParamSpec, normal
+from jaxreason.nn.expert_parallel import cuts, expert_parallel
 from jaxreason.nn.mlp import silu_times
 
 
@@ -26,9 +27,13 @@ class Moe:
     """Weight of the load-balancing loss in training (paper)."""
     router_z: float = 0.001
     """Weight of the squared log-partition of the router in training (paper)."""
-    form: Literal["auto", "dense", "grouped"] = "auto"
-    """dense: every expert on every token; grouped: tokens sorted by expert, none dropped. auto:
-    grouped, and dense on CPU and on a mesh with an expert axis."""
+    form: Literal["auto", "dense", "grouped", "all_to_all"] = "auto"
+    """dense: every expert on every token; grouped: tokens sorted by expert on one device;
+    all_to_all: tokens sent to the devices of their experts. auto: all_to_all on a mesh that cuts
+    tokens or experts, elsewhere grouped, and dense on a CPU."""
+    capacity_factor: float = 0.0
+    """Room for tokens between two devices of the expert axis, over that of even routing (Switch
+    Transformer, arXiv 2101.03961: 1 to 2). 0 has room for all: none is dropped."""
 
     def validate(self) -> None:
         """Raises UserError for numbers that do not fit together."""
@@ -39,7 +44,7 @@ class Moe:
                 f"model.moe.top_k is {self.top_k}; expected 1 to model.moe.num_experts "
                 f"{self.num_experts}"
             )
-        for name in ("balance", "router_z"):
+        for name in ("balance", "router_z", "capacity_factor"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.moe.{name} is {getattr(self, name)}; expected 0 or more")
 
@@ -65,13 +70,44 @@ def moe(
     """The experts on `x` [B,T,D], and what the router did.
 
     The second is `router_logits` [B,T,E] in float32 and `experts` [B,T,k], the chosen ones in
-    falling order of probability. No token is dropped and none depends on another.
+    falling order of probability. No token is dropped and none depends on another, unless there is
+    a `capacity_factor`: then `dropped` [B,T] is how many of its experts a token did not reach.
+
+    Raises:
+      UserError: all_to_all on a mesh that does not cut the tokens evenly.
     """
     weights, experts, logits = route(cfg, p["router"], x_btd)
-    dense = cfg.form == "dense" or (cfg.form == "auto" and (kernels == "cpu" or _expert_axis() > 1))
-    form = _dense if dense else _grouped
-    y = form(p, x_btd, weights, experts, kernels)
-    return y, {"router_logits": logits, "experts": experts}
+    aux = {"router_logits": logits, "experts": experts}
+    form, dropped = _form(cfg, x_btd.shape, kernels), None
+    if form == "all_to_all":
+        y, dropped = expert_parallel(p, x_btd, weights, experts, kernels, cfg.capacity_factor)
+    else:
+        run = _dense if form == "dense" else _grouped
+        y = run(p, x_btd, weights, experts, kernels)
+    if cfg.capacity_factor:
+        aux["dropped"] = jnp.zeros(experts.shape[:2], jnp.int32) if dropped is None else dropped
+    return y, aux
+
+
+def _form(cfg: Moe, shape: tuple[int, ...], kernels: str) -> str:
+    """The form that `auto` means for tokens of a shape on the mesh."""
+    if cfg.form in ("dense", "grouped"):
+        return cfg.form
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return "dense" if cfg.form == "auto" and kernels == "cpu" else "grouped"
+    if cuts(shape):
+        # A sort of all tokens of a batch that is cut would collect them on every device. On CPU
+        # the ragged product is no less work than the dense one.
+        alone = kernels == "cpu" and mesh.shape["expert"] == 1 and cfg.form == "auto"
+        return "dense" if alone else "all_to_all"
+    if cfg.form == "auto":
+        return "dense"
+    raise UserError(
+        f"model.moe.form is all_to_all, but the mesh does not cut {shape[0]} x {shape[1]} tokens "
+        "evenly; make the batch a multiple of mesh.data x mesh.fsdp x mesh.expert and the sequence "
+        "one of mesh.sequence, or choose dense"
+    )
 
 
 def route(
@@ -91,25 +127,22 @@ def route(
     return weights, experts, logits
 
 
-def _expert_axis() -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape.get("expert", 1)
-
-
 def _dense(p, x_btd, weights_btk, experts_btk, kernels):
     """Every expert on every token, weighted with 0 where it was not chosen: E / k times the work.
 
-    The form that an expert axis of the mesh cuts: each device has its experts' part of the sum.
+    On a mesh, each device of the expert axis has its experts' part of the sum, over the tokens of
+    all of them.
     """
     chosen = jax.nn.one_hot(experts_btk, p["gate"].shape[0], dtype=jnp.float32)
     weights_bte = jnp.einsum(
         "btk,btke->bte", weights_btk, chosen, precision=jax.lax.Precision.HIGHEST
     )
-    names = ("batch", "seq", "expert", "mlp")
+    names = ("expert_batch", "seq", "expert", "mlp")
+    x_btd, weights_bte = (shard(y, "expert_batch", "seq", None) for y in (x_btd, weights_bte))
     gate = shard(jnp.einsum("btd,edf->btef", x_btd, p["gate"]), *names)
     up = shard(jnp.einsum("btd,edf->btef", x_btd, p["up"]), *names)
     hidden = silu_times(gate, up, kernels) * weights_bte[..., None].astype(gate.dtype)
-    return jnp.einsum("btef,efd->btd", hidden, p["down"])
+    return shard(jnp.einsum("btef,efd->btd", hidden, p["down"]), "batch", "seq", "embed")
 
 
 def _grouped(p, x_btd, weights_btk, experts_btk, kernels):

@@ -9,12 +9,19 @@ import jax.numpy as jnp
 
 from jaxreason.core.errors import UserError
 
+_policies = jax.checkpoint_policies
+# What a kernel that computes attention names its output and log-sums.
+ATTENTION = "attention"
 # What a layer keeps for its backward pass; the rest is computed again.
 REMAT = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _policies.nothing_saveable,
+    "attention": _policies.save_only_these_names(ATTENTION),
+    "dots": _policies.dots_saveable,
+    "minimal": _policies.dots_with_no_batch_dims_saveable,
+    "minimal_attention": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENTION)
+    ),
 }
 Block = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
 

@@ -22,6 +22,9 @@ def router_losses(moe: Moe) -> Objective:
     mesh; with `train.accumulate` above 1 it is a micro-batch's own (as in official code, where
     it is a device's), and the loss is the mean of the micro-batches' by their tokens. The z-loss is
     a plain mean, the same for any accumulation. Combine it with `lm.next_token`.
+
+    Metrics: both losses, `busiest_expert` (its share of the tokens over that of even routing), and
+    with `moe.capacity_factor` `dropped`, the share of assignments that found no room.
     """
 
     def denominators(batch):
@@ -50,6 +53,9 @@ def router_losses(moe: Moe) -> Objective:
             "router_z": (router_z, tokens),
             "busiest_expert": (tokens * busiest, tokens),
         }
+        if "dropped" in outputs.aux:  # Of the assignments of tokens to experts, over all layers.
+            lost = jnp.sum(outputs.aux["dropped"] * real[None]) / (layers * experts.shape[-1])
+            metrics["dropped"] = (lost, tokens)
         return {"balance": balance, "router_z": router_z}, metrics, None
 
     return Objective(

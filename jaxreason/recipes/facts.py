@@ -18,22 +18,25 @@ import jaxreason
 from jaxreason.core import params as P
 from jaxreason.core.errors import UserError
 from jaxreason.models import decoder
-from jaxreason.train.hosts import any_host
+from jaxreason.train.hosts import any_host, meet
 
 # A resumed run must read the same rows and teacher; otherwise its steps mean something else.
 SAME = ("corpus_sha256", "plan_sha256", "tokenizer", "teacher_step")
 
 
 def _commit() -> str:
+    """The commit of this checkout; of a copy without git, what its launcher says."""
     here = Path(jaxreason.__file__).parent
     try:
         out = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
             capture_output=True, text=True, timeout=10, check=False,
         )  # fmt: skip
+        if out.returncode == 0:
+            return out.stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return out.stdout.strip() if out.returncode == 0 else ""
+        pass
+    return os.environ.get("JAXREASON_COMMIT", "")
 
 
 def collect(built: Any, command: str) -> dict[str, Any]:
@@ -97,6 +100,7 @@ def check_same_on_hosts(facts: dict[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
+    meet("data")  # One host may tokenise for minutes what another finds in its cache.
     here = hashlib.sha256("".join(str(facts[name]) for name in SAME[:3]).encode()).digest()
     mine = np.frombuffer(here, np.uint8)
     first = np.asarray(multihost_utils.broadcast_one_to_all(mine))

@@ -62,6 +62,14 @@ def open_init(
     return dataclasses.replace(cfg, step=cfg.step if named else step), shape, start
 
 
+def init_shape(cfg: InitConfig, model: ModelConfig) -> ModelConfig:
+    """The shape to train, where it follows from the model that training starts from."""
+    if not cfg.path:
+        return model
+    opened, _ = open_model.inspect(cfg.path, step=cfg.step)
+    return _merge(model, opened.config, cfg.path)
+
+
 def _begun(run: str) -> Any:
     """The saved config of a run's folder that holds a checkpoint; None where it holds none."""
     from jaxreason.recipes.pretrain import PretrainConfig  # It has an InitConfig.

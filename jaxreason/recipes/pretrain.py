@@ -21,19 +21,17 @@ from etils import epath
 import jaxreason
 from jaxreason import config as config_lib
 from jaxreason import data
-from jaxreason.core import flops, rng
-from jaxreason.core import params as P
+from jaxreason.core import flops
 from jaxreason.core.errors import Preempted, UserError
 from jaxreason.core.mesh import (
     MeshConfig,
     batch_sharding,
-    check_divides,
     check_hosts_rows,
+    host_rows,
     make_mesh,
-    param_shardings,
     use_mesh,
 )
-from jaxreason.core.precision import as_dtype, resolve_dtype
+from jaxreason.core.precision import resolve_dtype
 from jaxreason.data import DataConfig
 from jaxreason.eval.perplexity import make_eval_step, perplexity
 from jaxreason.models import decoder
@@ -42,8 +40,9 @@ from jaxreason.models.model_config import shape_of
 from jaxreason.objectives.lm import NextToken
 from jaxreason.recipes import facts as facts_lib
 from jaxreason.recipes.init import InitConfig, Start, open_init
-from jaxreason.recipes.methods import Method, make_phases
+from jaxreason.recipes.methods import Method
 from jaxreason.recipes.open_model import keep_tokenizer
+from jaxreason.recipes.program import Program, check_rows, describe, make_create
 from jaxreason.recipes.resume import check_config, check_folder
 from jaxreason.recipes.teacher import TeacherConfig, check_tokenizer, open_teacher
 from jaxreason.recipes.teacher_cache import CachedTeacher, with_cache
@@ -52,11 +51,10 @@ from jaxreason.train.checkpoint import CheckpointConfig, Checkpointer
 from jaxreason.train.log import MetricsLog
 from jaxreason.train.loop import Run, TrainConfig, train
 from jaxreason.train.optim import OptimConfig, make_optimiser, make_schedule
-from jaxreason.train.phase import Phase, active
+from jaxreason.train.phase import active
 from jaxreason.train.preempt import Preemption
 from jaxreason.train.progress import Progress
 from jaxreason.train.report import report_for_run
-from jaxreason.train.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,11 +113,12 @@ class PretrainConfig:
             )
 
 
-def resolve(cfg: PretrainConfig, vocab_size: int) -> PretrainConfig:
+def resolve(cfg: PretrainConfig, vocab_size: int, device: Any = None) -> PretrainConfig:
     """Fills in what decides numbers: the vocabulary's size and the compute precision.
 
     The forms of the parts (`model.kernels` and the like) stay `auto` where they are, so that the
-    saved config runs on another kind of device; `facts.json` records what they were.
+    saved config runs on another kind of device; `facts.json` records what they were. `device`
+    is one of those that it runs on; None is this machine's.
     """
     needed = -(-vocab_size // 64) * 64
     if not cfg.model.vocab_size:
@@ -131,37 +130,20 @@ def resolve(cfg: PretrainConfig, vocab_size: int) -> PretrainConfig:
         )
     else:
         model = cfg.model
-    return dataclasses.replace(cfg, model=model, compute_dtype=resolve_dtype(cfg.compute_dtype))
+    dtype = resolve_dtype(cfg.compute_dtype, device)
+    return dataclasses.replace(cfg, model=model, compute_dtype=dtype)
 
 
 @dataclasses.dataclass
-class Built:
-    """A run's parts, ready for the loop or for compiling alone."""
+class Built(Program):
+    """A run's parts, ready for the loop."""
 
-    cfg: PretrainConfig
-    model: ModelConfig
-    mesh: Any
-    shardings: state_lib.TrainState
-    phases: tuple[Phase, ...]
     train_data: data.Dataset
     held_out: data.Dataset
-    abstract_state: state_lib.TrainState
     init_state: Any
     begin: Start | None
-    teacher: Any
     teacher_cache: CachedTeacher | None
     fingerprint: dict[str, Any]
-
-    @functools.cached_property
-    def dtype(self):
-        """The compute dtype."""
-        return as_dtype(self.cfg.compute_dtype)
-
-    def forward(self, params, batch: Mapping[str, Any], capture: tuple[int, ...] = ()):
-        """The trained model on a batch."""
-        return decoder.forward(
-            params["model"], self.model, batch, dtype=self.dtype, capture=capture
-        )
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's rows, as part of the global batch on the devices."""
@@ -176,17 +158,6 @@ class Built:
         for step, batch in batches:
             yield step, self.put(batch)
 
-    def step_fn(self, phase: Phase):
-        """The jitted training step of a phase, to be called once a phase; it donates the state."""
-        step = make_train_step(
-            self.forward,
-            phase,
-            key=rng.named(rng.base_key(self.cfg.run.seed), "train"),
-            accumulate=self.cfg.train.accumulate,
-            clip_norm=self.cfg.optim.clip_norm,
-        )
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
-
     @functools.cached_property
     def _eval_step(self):
         return jax.jit(make_eval_step(self.forward, self.cfg.logit_chunk))
@@ -196,31 +167,15 @@ class Built:
         batches = (self.put(batch) for _, batch in self.held_out.iterate())
         return perplexity(self._eval_step, state.params, batches, self.held_out.bytes_per_token)
 
-    @property
-    def model_flops(self) -> float:
-        """FLOPs of one step of the trained model alone."""
-        tokens = self.cfg.data.batch_size * self.cfg.data.seq_len
-        return 3.0 * tokens * decoder.forward_flops(self.model, self.cfg.data.seq_len)
-
-    def flops(self, phase: Phase) -> float:
-        """FLOPs of one step of a phase, teacher included."""
-        tokens = self.cfg.data.batch_size * self.cfg.data.seq_len
-        frozen = sum(model.forward_flops for model in phase.frozen.values())
-        return self.model_flops + tokens * frozen
-
 
 def build(cfg: PretrainConfig) -> Built:
     """Opens the data, the teacher and the mesh, and describes the state; trains nothing."""
     data.check(cfg.data, jax.process_count())
     mesh = make_mesh(cfg.mesh)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"] * cfg.train.accumulate
-    if cfg.data.batch_size % rows:
-        raise UserError(
-            f"data.batch_size {cfg.data.batch_size} is not a multiple of mesh.data x mesh.fsdp x "
-            f"train.accumulate = {rows}; change one of them"
-        )
+    check_rows(cfg, mesh)
     check_hosts_rows(mesh, cfg.data.batch_size)
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    part, parts = host_rows(mesh)
+    hosts = {"process_index": part, "process_count": parts}
     train_data = data.build(cfg.data, split="train", **hosts)
     held_out = data.build(cfg.data, split="held_out", **hosts)
     init, shape, begin = open_init(cfg.init, cfg.model, train_data.tokenizer, cfg.run.dir)
@@ -233,28 +188,10 @@ def build(cfg: PretrainConfig) -> Built:
         check_tokenizer(teacher, train_data.tokenizer.fingerprint)
         # The saved config names the very checkpoint, also when the teacher trains on.
         cfg = dataclasses.replace(cfg, teacher=dataclasses.replace(cfg.teacher, step=teacher.step))
-    if cfg.model.positions == "learned" and cfg.data.seq_len > cfg.model.max_positions:
-        raise UserError(
-            f"data.seq_len is {cfg.data.seq_len}, the model has {cfg.model.max_positions} learned "
-            "positions; shorten the rows"
-        )
-    model = decoder.resolve(cfg.model, mesh.devices.flat[0].platform)
-    specs = decoder.specs(model)
-    check_divides(specs, mesh)
-    phases = make_phases(
-        cfg.method,
-        steps=cfg.train.steps,
-        optimiser=make_optimiser(cfg.optim, specs, cfg.train.steps),
-        student_layers=cfg.model.num_layers,
-        teacher=teacher.frozen if teacher else None,
-        teacher_layers=teacher.num_layers if teacher else 0,
-        teacher_hidden_flops=teacher.hidden_flops if teacher else 0,
-        z_loss=cfg.z_loss,
-        chunk=cfg.logit_chunk,
-        moe=cfg.model.moe,
-    )
+    specs = decoder.specs(cfg.model)
+    program = describe(cfg, mesh, teacher, make_optimiser(cfg.optim, specs, cfg.train.steps))
     phases, teacher_cache = with_cache(
-        phases,
+        program.phases,
         cfg.teacher.cache_dir,
         teacher.identity if teacher else "",
         f"{train_data.corpus_sha256} {train_data.plan_sha256} {train_data.tokenizer.fingerprint} "
@@ -262,30 +199,15 @@ def build(cfg: PretrainConfig) -> Built:
     )
     for phase in phases:
         phase.objective.check_batch(train_data.batch(0))
-    key = rng.named(rng.base_key(cfg.run.seed), "init")
-
-    def create(params=None):
-        params = P.initialise(specs, key) if params is None else params
-        return state_lib.create({"model": params}, phases)
-
-    abstract = jax.eval_shape(create)
-    shardings = state_lib.shardings(abstract, {"model": param_shardings(specs, mesh)}, mesh)
-    abstract = jax.tree.map(
-        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings
-    )
-    initialise = jax.jit(create, out_shardings=shardings, donate_argnums=0)
+    create = make_create(specs, phases, cfg.run.seed)
+    initialise = jax.jit(create, out_shardings=program.shardings, donate_argnums=0)
+    described: dict[str, Any] = vars(program) | {"phases": phases}
     return Built(
-        cfg=cfg,
-        model=model,
-        mesh=mesh,
-        shardings=shardings,
-        phases=phases,
+        **described,
         train_data=train_data,
         held_out=held_out,
-        abstract_state=abstract,
         init_state=lambda: initialise(begin.load(mesh) if begin else None),
         begin=begin,
-        teacher=teacher,
         teacher_cache=teacher_cache,
         fingerprint={
             "model": shape_of(cfg.model),

@@ -17,6 +17,8 @@ FREE = (
     "train.log_every",
     "train.eval_every",
     "train.max_bad_steps",
+    "train.profile_at",
+    "train.profile_steps",
     "train.accumulate",
     "checkpoint",
     "mesh",

@@ -8,9 +8,10 @@ import jax
 
 from jaxreason.core import params as P
 from jaxreason.core.errors import UserError
-from jaxreason.core.mesh import replicated
+from jaxreason.core.mesh import param_shardings, replicated
 from jaxreason.core.precision import as_dtype
 from jaxreason.models import decoder
+from jaxreason.models.decoder import ModelConfig
 from jaxreason.recipes import open_model
 from jaxreason.train import manifest
 from jaxreason.train.phase import FrozenModel
@@ -27,6 +28,8 @@ class TeacherConfig:
     """Which checkpoint of the run; None takes the newest."""
     factory: str = ""
     """`package.module:function` returning a FlaxTeacher; its code is run."""
+    shape: ModelConfig | None = None
+    """The teacher's shape where no teacher is named: enough for --compile_for, not for training."""
     cache_dir: str = ""
     """Folder for the teacher's states of each batch: a later run on the same rows reads them and
     does not run the teacher. Two bytes a token and feature in bfloat16. Empty keeps none."""
@@ -60,6 +63,8 @@ class Teacher:
     hidden_flops: int
     num_layers: int
     num_params: int
+    abstract: Any
+    """Shapes and shardings of what `frozen.load` returns."""
     tokenizer_fingerprints: tuple[str, ...]
     facts: dict[str, Any]
     identity: str = ""
@@ -87,30 +92,55 @@ def check_tokenizer(teacher: Teacher, fingerprint: str) -> None:
 
 def _from_model(cfg: TeacherConfig, seq_len: int, dtype: str, mesh) -> Teacher:
     opened, load_params = open_model.inspect(cfg.path, step=cfg.step)
-    model = decoder.resolve(opened.config)
+    model = _resolve(opened.config, seq_len, dtype, mesh)
     if model.positions == "learned" and seq_len > model.max_positions:
         raise UserError(
             f"the teacher {cfg.path} has {model.max_positions} positions, data.seq_len is "
             f"{seq_len}; shorten it or choose another teacher"
         )
     step = opened.source.get("step")
-
-    def apply(params, batch, capture):
-        return decoder.forward(params, model, batch, dtype=as_dtype(dtype), capture=capture)
-
     return Teacher(
-        frozen=FrozenModel(
-            lambda: load_params("float32", mesh), apply, decoder.forward_flops(model, seq_len)
-        ),
-        hidden_flops=decoder.forward_flops(model, seq_len, depth=model.num_layers),
-        num_layers=model.num_layers,
-        num_params=P.count(decoder.specs(model)),
+        **_decoder_parts(model, lambda: load_params("float32", mesh), seq_len, dtype, mesh),
         tokenizer_fingerprints=open_model.fingerprints(opened.tokenizer),
         facts={"teacher": str(cfg.path), "teacher_step": step},
         identity=repr(model),
         # A path to one checkpoint, or to a model from elsewhere, names it already.
         step=None if manifest.is_complete(manifest.absolute(cfg.path)) else step,
     )
+
+
+def teacher_of_shape(shape: ModelConfig, *, seq_len: int, dtype: str, mesh) -> Teacher:
+    """A teacher to compile with and not to run: it has a shape and no weights."""
+
+    def load():
+        raise UserError("a teacher of teacher.shape has no weights; set teacher.path to train")
+
+    return Teacher(
+        **_decoder_parts(_resolve(shape, seq_len, dtype, mesh), load, seq_len, dtype, mesh),
+        tokenizer_fingerprints=(),
+        facts={"teacher": "teacher.shape"},
+    )
+
+
+def _resolve(shape: ModelConfig, seq_len: int, dtype: str, mesh) -> ModelConfig:
+    platform = mesh.devices.flat[0].platform
+    return decoder.resolve(shape, platform, dtype=as_dtype(dtype), seq_len=seq_len)
+
+
+def _decoder_parts(model: ModelConfig, load, seq_len: int, dtype: str, mesh) -> dict[str, Any]:
+    """The fields of a Teacher that follow from a decoder's shape."""
+    specs = decoder.specs(model)
+
+    def apply(params, batch, capture):
+        return decoder.forward(params, model, batch, dtype=as_dtype(dtype), capture=capture)
+
+    return {
+        "frozen": FrozenModel(load, apply, decoder.forward_flops(model, seq_len)),
+        "hidden_flops": decoder.forward_flops(model, seq_len, depth=model.num_layers),
+        "num_layers": model.num_layers,
+        "num_params": P.count(specs),
+        "abstract": P.abstract(specs, param_shardings(specs, mesh)),
+    }
 
 
 def _from_factory(name: str, mesh) -> Teacher:
@@ -146,6 +176,9 @@ def _from_factory(name: str, mesh) -> Teacher:
         hidden_flops=made.hidden_flops or made.forward_flops,
         num_layers=made.num_layers,
         num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        abstract=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), params
+        ),
         tokenizer_fingerprints=(made.tokenizer_fingerprint,),
         facts={"teacher": name},
         identity=name,

@@ -132,6 +132,10 @@ def _loss_text(runs: Sequence[RunData], letters: str) -> str:
             ]
         )
     header = ["", "steps", "final", "best", "minus a", "speed-up", "bits/byte", "time"]
+    if any(run.goodput for run in runs):
+        header.append("goodput")
+        for row, run in zip(rows, runs, strict=True):
+            row.append(f"{run.goodput.fraction:.1%}" if run.goodput else "n/a")
     return _table(header, rows) + (
         "\n\nminus a: at the last step both have. speed-up: steps a needs to the run's final loss,"
         "\ndivided by the run's steps (n/a: a never gets there)."

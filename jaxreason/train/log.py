@@ -7,7 +7,8 @@ One JSON object a line: `{"step": 20, "kind": "train", "loss": 3.1, ..., "time_u
     others  `bits_per_byte`, `learning_rate`, `grad_norm`, cumulative `tokens` and `flops`, and
             whatever a method reports, by its own name
     time_*  all that depends on the clock: `time_unix` (seconds, added to every row), `time_s`
-            (seconds of training so far), `time_tokens_per_s`, `time_mfu`
+            (seconds of training so far), `time_tokens_per_s`, `time_mfu`; `time_interval_s` since
+            the row before and its parts `time_in_<cause>_s`, by train/clock.py
 
 Without its `time_*` fields a resumed run's file equals an uninterrupted run's, byte for byte.
 """

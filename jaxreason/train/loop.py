@@ -1,7 +1,6 @@
 """The loop: phases in turn, evaluation, checkpoints, rows; it knows arrays and callables only."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,9 +8,12 @@ import jax
 
 from jaxreason.core.errors import UserError
 from jaxreason.train.checkpoint import Checkpointer
+from jaxreason.train.clock import Clock, training
+from jaxreason.train.goodput import GoodputLog, read_goodput
 from jaxreason.train.log import MetricsLog
 from jaxreason.train.phase import Phase, active
 from jaxreason.train.preempt import Preemption
+from jaxreason.train.profile import Profiler
 from jaxreason.train.progress import Progress
 from jaxreason.train.state import TrainState
 
@@ -32,14 +34,26 @@ class TrainConfig:
     """Steps between two evaluations on held-out text; 0 evaluates only at the start and the end."""
     max_bad_steps: int = 10
     """Non-finite steps in a row (each skipped) after which the run stops with an error."""
+    profile_at: tuple[int, ...] = ()
+    """Updates (the first is 1) at which a profiler trace begins; `20,220` takes two. A trace is
+    written to the run's folder `profile` and slows the steps that it covers."""
+    profile_steps: int = 3
+    """Updates that a trace covers."""
 
     def validate(self) -> None:
         """Raises UserError for values outside their range."""
-        for name, least in {"steps": 1, "accumulate": 1, "log_every": 1, "eval_every": 0}.items():
+        at_least_1 = ("steps", "accumulate", "log_every", "max_bad_steps", "profile_steps")
+        for name, least in {**dict.fromkeys(at_least_1, 1), "eval_every": 0}.items():
             if getattr(self, name) < least:
                 raise UserError(f"train.{name} is {getattr(self, name)}; expected {least} or more")
-        if self.max_bad_steps < 1:
-            raise UserError(f"train.max_bad_steps is {self.max_bad_steps}; expected 1 or more")
+        at, each = sorted(self.profile_at), self.profile_steps
+        last = self.steps - each + 1
+        if at and (at[0] < 1 or at[-1] > last or any(b < a + each for a, b in zip(at, at[1:]))):
+            got = ",".join(map(str, self.profile_at))
+            raise UserError(
+                f"train.profile_at is {got}; expected updates from 1 to {last}, each at least "
+                f"train.profile_steps ({each}) after the one before"
+            )
 
 
 @dataclasses.dataclass
@@ -49,7 +63,9 @@ class Run:
     `step_fn(phase)` gives the jitted step, `batches(start, stop)` yields (step, batch on the
     devices), `evaluate(state)` gives {"loss": ...} of the held-out text, `flops(phase)` the FLOPs a
     step, `learning_rate(step)` what rows report, `peak_flops` all devices' together or None.
-    `after_eval(state, results) -> state` may change the state at an evaluation.
+    `after_eval(state, results) -> state` may change the state at an evaluation. `clock` has run
+    since the attempt began; a recipe that does much before the loop makes it first and charges what
+    it does.
     """
 
     cfg: TrainConfig
@@ -66,35 +82,7 @@ class Run:
     learning_rate: Callable[[int], Any]
     peak_flops: float | None = None
     after_eval: Callable[[TrainState, dict[str, float]], TrainState] | None = None
-
-
-@dataclasses.dataclass
-class Clock:
-    """Seconds of training, without compiling, evaluating and saving.
-
-    `total` since the run (or its resumption) began; `seconds`, `data` (waiting for a batch) and
-    `steps` since the last row.
-    """
-
-    total: float = 0.0
-    seconds: float = 0.0
-    data: float = 0.0
-    steps: int = 0
-    since: float | None = None
-
-    def start(self) -> None:
-        """Goes on counting."""
-        self.since = time.perf_counter()
-
-    def stop(self) -> None:
-        """Stops counting; what has passed is kept."""
-        if self.since is not None:
-            passed = time.perf_counter() - self.since
-            self.total, self.seconds, self.since = self.total + passed, self.seconds + passed, None
-
-    def new_row(self) -> None:
-        """Begins the next row's interval."""
-        self.seconds, self.data, self.steps = 0.0, 0.0, 0
+    clock: Clock = dataclasses.field(default_factory=Clock)
 
 
 def flops_until(run: Run, step: int) -> float:
@@ -113,13 +101,20 @@ def train(run: Run, state: TrainState, start: int) -> TrainState:
     configured steps.
     """
     loop = _Loop(run, state, start)
-    while loop.step < run.cfg.steps and not loop.stopped:
-        index = active(run.phases, loop.step)
-        phase, begin = run.phases[index], run.phases[index - 1].until if index else 0
-        # At the phase's first step: a resumed run writes no row that a straight one would not.
-        run.log.write(begin, "event", name="phase", phase=phase.name)
-        loop.run_phase(phase, min(phase.until, run.cfg.steps))
-    loop.finish()
+    try:
+        loop.begin()
+        while loop.step < run.cfg.steps and not loop.stopped:
+            index = active(run.phases, loop.step)
+            phase, begin = run.phases[index], run.phases[index - 1].until if index else 0
+            # At the phase's first step: a resumed run writes no row that a straight one would not.
+            run.log.write(begin, "event", name="phase", phase=phase.name)
+            loop.run_phase(phase, min(phase.until, run.cfg.steps))
+        loop.finish()
+    except BaseException as error:
+        loop.fail(error)
+        raise
+    finally:
+        run.clock.close()
     return loop.state
 
 
@@ -127,43 +122,70 @@ class _Loop:
     """The loop's few moving parts: the state, the row in flight, the clock."""
 
     def __init__(self, run: Run, state: TrainState, start: int):
-        self.run, self.state, self.step = run, state, start
-        self.stopped, self.clock = False, Clock()
+        self.run, self.state, self.step, self.start = run, state, start, start
+        self.stopped, self.clock = False, run.clock
         self.pending: tuple[int, Any] | None = None
         self.results: dict[str, float] | None = None
-        if start == 0:
+        folder = run.log.path.parent
+        self.profiler = Profiler(folder, run.cfg.profile_at, run.cfg.profile_steps)
+        # A finished run that is started again trains nothing, and adds nothing to its accounts.
+        self.goodput = GoodputLog(folder, self.clock, start) if start < run.cfg.steps else None
+        self.row = dict.fromkeys(self.clock.seconds(), 0.0)  # Seconds by cause at the row before.
+        self.paced, self.steps = 0.0, 0  # Seconds of training, and steps, since the last pace.
+
+    def begin(self) -> None:
+        self.clock.switch("other")
+        if self.start == 0:
             self.evaluate()
+        self.paced = training(self.clock.seconds())
 
     def run_phase(self, phase: Phase, stop: int) -> None:
-        run = self.run
+        run, clock, began = self.run, self.clock, self.clock.seconds()
         step_fn = run.step_fn(phase)
-        frozen = {name: model.load() for name, model in phase.frozen.items()}
-        began, first = time.perf_counter(), True
+        with clock.charge("load"):
+            frozen = {name: model.load() for name, model in phase.frozen.items()}
         batches = run.batches(self.step, stop)
-        while True:
-            waited = time.perf_counter()
-            item = next(batches, None)
-            ready = time.perf_counter()
-            if item is None:
-                break
-            self.state, metrics = step_fn(self.state, frozen, item[1])
-            self.drain()  # The row before: the device already works on the next step.
-            self.step += 1
-            self.pending = (self.step, metrics)
-            if first:  # It compiles, and counts for no pace.
-                jax.block_until_ready(metrics["grad_norm"])
-                compile_s = time.perf_counter() - began
-                run.progress.note(f"phase {phase.name}: first step after {compile_s:.1f} s")
-                self.clock.start()
-                first = False
-            else:
-                self.clock.data += ready - waited
-                self.clock.steps += 1
+        first = True
+        while self.step < stop and not self.stopped:
+            step = self.step + 1
+            if self.profiler.begins(step):
+                self.trace(step)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                with clock.charge("startup" if first else "data"):
+                    _, batch = next(batches)
+                with clock.charge("compile" if first else "compute"):
+                    self.state, metrics = step_fn(self.state, frozen, batch)
+                    if first:  # It compiles, and counts for no pace.
+                        jax.block_until_ready(metrics["grad_norm"])
+                    else:
+                        clock.begun(step, metrics["grad_norm"])
+                self.drain()  # The row before: the device already works on this step.
+            self.step, self.pending = step, (step, metrics)
+            if first:
+                now = clock.seconds()
+                took = sum(now.values()) - sum(began.values())
+                run.progress.note(f"phase {phase.name}: first step after {took:.1f} s")
+            self.steps += not first
+            first = False
+            if self.profiler.ends(step):
+                self.end_trace()
             self.boundary()
-            if self.stopped:
-                break
+        if not self.stopped:
+            next(batches, None)  # Ends the iterator, and lets go what it holds.
         self.drain()
-        self.clock.stop()
+
+    def trace(self, step: int) -> None:
+        """Begins a trace with update `step`, on idle devices, so that it holds no other's work."""
+        self.drain()
+        with self.clock.charge("profile"):
+            self.profiler.start(step)
+
+    def end_trace(self) -> None:
+        """Writes the running trace once its last update is done."""
+        self.drain()
+        with self.clock.charge("profile"):
+            folder = self.profiler.stop(self.step)
+        self.run.progress.note(f"step {self.step}: trace in {folder}")
 
     def boundary(self) -> None:
         """After an update: evaluation, checkpoint, preemption."""
@@ -172,25 +194,26 @@ class _Loop:
         stop = run.preemption.requested(self.step)
         evaluate = last or (cfg.eval_every and self.step % cfg.eval_every == 0)
         save = run.checkpointer.due(self.step) or last or stop
-        if not (evaluate or save):
-            return
-        self.drain()
-        self.clock.stop()
+        if evaluate or save:
+            self.drain()
         if evaluate:
             self.evaluate()
         if save:
-            run.log.flush()
-            run.checkpointer.save(self.step, self.state, self.results if evaluate else None)
+            with self.clock.charge("checkpoint"):
+                run.log.flush()
+                run.checkpointer.save(self.step, self.state, self.results if evaluate else None)
+        if self.goodput and (evaluate or save or self.goodput.due()):
+            self.goodput.lap(self.step)
         self.stopped = stop and not last
-        self.clock.start()
 
     def evaluate(self) -> None:
-        self.results = self.run.evaluate(self.state)
-        self.run.log.write(self.step, "eval", **self.results)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in self.results.items())
-        self.run.progress.note(f"step {self.step} held out: {shown}")
-        if self.run.after_eval is not None:
-            self.state = self.run.after_eval(self.state, self.results)
+        with self.clock.charge("eval"):
+            self.results = self.run.evaluate(self.state)
+            self.run.log.write(self.step, "eval", **self.results)
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in self.results.items())
+            self.run.progress.note(f"step {self.step} held out: {shown}")
+            if self.run.after_eval is not None:
+                self.state = self.run.after_eval(self.state, self.results)
 
     def drain(self) -> None:
         """Waits for the row in flight, checks it, and writes it where a row is due."""
@@ -199,6 +222,7 @@ class _Loop:
         (step, metrics), self.pending = self.pending, None
         run, cfg = self.run, self.run.cfg
         streak = int(metrics["streak"])
+        self.clock.ended(step)
         if streak:
             run.progress.note(f"step {step}: not finite, skipped ({streak} in a row)")
         if streak >= cfg.max_bad_steps:
@@ -221,28 +245,44 @@ class _Loop:
 
     def timing(self, step: int) -> dict[str, float]:
         """The row's `time_*` fields, of the interval since the row before."""
-        run, clock = self.run, self.clock
-        running = clock.since is not None
-        clock.stop()
-        out = {"time_s": clock.total}
+        run, now = self.run, self.clock.seconds()
+        parts = {cause: round(now[cause] - self.row[cause], 6) for cause in now}
+        self.row = now
+        out = {"time_s": training(now), "time_interval_s": sum(parts.values())}
+        out |= {f"time_in_{cause}_s": seconds for cause, seconds in parts.items() if seconds}
         # A step may run inside its own dispatch (CPU), before the row of the step before it is
-        # written: one step's time says nothing, it goes into the next row's interval.
-        if clock.steps > 1:
-            pace = clock.steps / clock.seconds
-            out |= {
-                "time_tokens_per_s": pace * run.tokens_per_step,
-                "time_step_s": 1 / pace,
-                "time_data_s": clock.data / clock.steps,
-            }
+        # written: one step's time says nothing, it goes into the next pace.
+        if self.steps > 1:
+            pace = self.steps / (training(now) - self.paced)
+            out |= {"time_tokens_per_s": pace * run.tokens_per_step, "time_step_s": 1 / pace}
             if run.peak_flops:
                 phase = run.phases[active(run.phases, step - 1)]
                 out["time_mfu"] = pace * run.flops(phase) / run.peak_flops
-            clock.new_row()
-        if running:
-            clock.start()
+            self.paced, self.steps = training(now), 0
         return out
 
     def finish(self) -> None:
+        """Waits for what is still being written, and says where the time went."""
+        if self.profiler.running:  # Stopped by a preemption inside a trace.
+            self.end_trace()
         self.drain()
-        self.run.checkpointer.wait()
-        self.run.log.flush()
+        with self.clock.charge("checkpoint"):
+            self.run.checkpointer.wait()
+            self.run.log.flush()
+        if self.goodput is None or not self.goodput.primary:
+            return
+        self.goodput.end(self.step, "preempted" if self.stopped else "done")
+        if self.goodput.error is not None:
+            self.run.progress.note(f"goodput is not recorded: {self.goodput.error}")
+        elif (found := read_goodput(self.run.log.path.parent)) is not None:
+            self.run.progress.note(found.line())
+
+    def fail(self, error: BaseException) -> None:
+        """Keeps the running trace and the accounts of a run that ends with an error."""
+        if self.profiler.running:
+            try:
+                self.profiler.stop(self.step)
+            except Exception as second:
+                error.add_note(f"the running trace is lost: {second}")
+        if self.goodput is not None:
+            self.goodput.end(self.step, type(error).__name__)

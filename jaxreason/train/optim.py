@@ -18,8 +18,8 @@ _OUTPUT_FIRST = {("heads", "head_dim", "embed"), ("mlp", "embed")}
 class OptimConfig:
     """Optimiser and schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon for the blocks' matrices with adamw for the rest."""
+    name: Literal["adamw", "muon", "sgd"] = "adamw"
+    """adamw; muon for the blocks' matrices with adamw for the rest; plain sgd, without moments."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     muon_learning_rate: float = 0.02
@@ -111,6 +111,8 @@ def make_optimiser(cfg: OptimConfig, specs, steps: int) -> optax.GradientTransfo
             schedule, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
         )
 
+    if cfg.name == "sgd":
+        return optax.sgd(schedule)
     if cfg.name == "adamw":
         return adamw(_decayed(specs))
     dimensions, decayed = _muon_dimensions(specs), _decayed(specs)

@@ -1,5 +1,6 @@
 """Stops a run in good order on SIGTERM or Ctrl-C, on all hosts after the same step."""
 
+import itertools
 import os
 import signal
 import sys
@@ -11,6 +12,10 @@ from jax.experimental import multihost_utils
 from jaxreason.train.hosts import any_host
 
 _AGREE_EVERY = 16  # steps between two agreements when JAX's preemption service is switched off
+# The service agrees on the highest number that a host has asked about, plus 1. That is 1 for a
+# notice that comes before the first question (data, compiling): a run that goes on after step 500
+# and asks about 501 would never hear of it. So the questions of this process are counted instead.
+_questions = itertools.count(1)
 
 
 class Preemption:
@@ -58,13 +63,13 @@ class Preemption:
     def requested(self, step: int) -> bool:
         """Says whether to save and stop after `step` updates.
 
-        On several hosts all call it after every step, with the same numbers, and all get the
-        same answer. Once true it stays true.
+        On several hosts all call it after every step, equally often and with the same numbers, and
+        all get the same answer. Once true it stays true.
         """
         if not self._enabled or self._agreed:
             return self._agreed
         if self._service:
-            self._agreed = multihost_utils.reached_preemption_sync_point(int(step))
+            self._agreed = multihost_utils.reached_preemption_sync_point(next(_questions))
         elif not self._many:
             self._agreed = self._told
         elif step % _AGREE_EVERY == 0:

@@ -13,7 +13,7 @@ from etils import epath
 
 import jaxreason
 from jaxreason.core.errors import UserError, nearest
-from jaxreason.train import report_sections, report_tables
+from jaxreason.train import report_sections, report_tables, report_time
 from jaxreason.train.report_sections import escape
 from jaxreason.train.report_tables import Table
 from jaxreason.train.runs import RunData, load_run, speedup
@@ -87,6 +87,7 @@ def write_report(
         report_tables.section("Result", report_tables.comparison(shown, pairs), *summary),
         report_sections.curves(shown),
         report_tables.section("Cost", report_tables.cost(shown)),
+        report_time.section(shown),
         report_sections.texts(samples),
         report_sections.reproduce(command, facts),
         report_sections.configs(shown),
@@ -109,8 +110,8 @@ def report_for_run(
 ) -> epath.Path:
     """Writes `<run_dir>/report.html` from what the folder holds.
 
-    Reads `config.json`, `metrics.jsonl` and, where present, `facts.json` and `samples.txt` (texts
-    apart by `SAMPLE_SEPARATOR`).
+    Reads `config.json`, `metrics.jsonl` and, where present, `goodput.jsonl`, `facts.json` and
+    `samples.txt` (texts apart by `SAMPLE_SEPARATOR`).
 
     Args:
       run_dir: the run's folder.

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxreason.train import charts, report_tables
+from jaxreason.train.goodput import CAUSES
 from jaxreason.train.progress import quantity
 from jaxreason.train.runs import (
     RunData,
@@ -24,9 +25,11 @@ _NAMES = {
     "time_tokens_per_s": "Tokens per second",
     "time_mfu": "Model FLOPs utilisation (fraction)",
     "time_step_s": "Seconds a step",
-    "time_data_s": "Seconds a step spent waiting for data",
+    "time_in_data_s": "Seconds waiting for data since the row before",
 }
-_NO_PANEL = {"step", "kind", "loss", "tokens", "flops", "time_unix", "time_s"}
+_NO_PANEL = {"step", "kind", "loss", "tokens", "flops", "time_unix", "time_s", "time_interval_s"}
+# Where an interval's time went is added up in the section on time.
+_NO_PANEL |= {f"time_in_{cause}_s" for cause in CAUSES if cause != "data"}
 _MOST_PANELS = 24
 
 
@@ -83,7 +86,10 @@ def cards(run: RunData, baseline: RunData | None, expected: str | None) -> str:
     if run.wall_time_s is not None:
         pace = run.median("train", "time_tokens_per_s")
         more = "" if pace is None else f"{quantity(pace)} tokens a second (median)"
-        shown.append(("Wall time", report_tables.spoken(run.wall_time_s), more))
+        shown.append(("Training time", report_tables.spoken(run.wall_time_s), more))
+    if run.goodput is not None:
+        more = f"of {report_tables.spoken(run.goodput.wall_s)} in {run.goodput.tries}"
+        shown.append(("Goodput", f"{run.goodput.fraction:.1%}", more))
     cells = "".join(
         f'<div><dt>{escape(name)}</dt><dd class="value">{escape(value)}</dd>'
         f'<dd class="more">{more}</dd></div>'

@@ -87,8 +87,9 @@ def cost(runs: Sequence[RunData]) -> Table:
                 str(run.facts.get("device", "n/a")),
             ]
         )
-    columns = ["Run", "Tokens", "FLOPs", "Wall time", "Tokens/s (median)", "MFU (median)", "Device"]
-    return Table(columns=columns, rows=rows)
+    columns = ["Run", "Tokens", "FLOPs", "Training time", "Tokens/s (median)", "MFU (median)"]
+    note = "Training time: without starting, compiling, evaluating and saving."
+    return Table(columns=[*columns, "Device"], rows=rows, note=note)
 
 
 def config(runs: Sequence[RunData], differences: Sequence[tuple[str, Sequence[Any]]]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 from etils import epath
 
 from jaxreason.core.errors import UserError
+from jaxreason.train.goodput import Goodput, read_goodput
 from jaxreason.train.log import read_metrics
 
 Curve = Sequence[tuple[float, float]]
@@ -32,6 +33,8 @@ class RunData:
     """What was measured or looked up once, as in `facts.json`."""
     group: str | None = None
     """Runs of one group (the seeds of an arm) share a colour and a legend entry."""
+    goodput: Goodput | None = None
+    """Where the wall time of all attempts went, as in `goodput.jsonl`."""
 
     def series(self, kind: str, key: str) -> list[tuple[int, float]]:
         """Returns (step, value) of one metric, by rising step; non-finite values stay in."""
@@ -99,7 +102,7 @@ class RunData:
 
 
 def load_run(run_dir: epath.PathLike, name: str | None = None) -> RunData:
-    """Reads a run's folder: `config.json`, `metrics.jsonl` and, where present, `facts.json`.
+    """Reads a run's folder: `config.json` and `metrics.jsonl`, and what there is of the rest.
 
     Raises:
       UserError: not a run's folder, or a file in it is not what it should be.
@@ -112,6 +115,7 @@ def load_run(run_dir: epath.PathLike, name: str | None = None) -> RunData:
         rows=read_metrics(run_dir),
         config=_read_dict(run_dir / "config.json"),
         facts=_read_dict(run_dir / "facts.json"),
+        goodput=read_goodput(run_dir),
     )
 
 

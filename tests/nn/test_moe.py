@@ -1,6 +1,7 @@
-"""The mixture of experts against NumPy, its two forms against each other, and its losses."""
+"""The mixture of experts against NumPy, its forms against each other, and its losses."""
 
 import dataclasses
+import json
 
 import chex
 import jax
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import REPO, run_python
 
 from jaxreason.core import params as P
 from jaxreason.core.errors import UserError
 from jaxreason.core.objective import combine
 from jaxreason.core.outputs import Outputs
 from jaxreason.models import decoder
+from jaxreason.nn.expert_parallel import room
 from jaxreason.nn.moe import Moe, moe, moe_specs, route
 from jaxreason.objectives.lm import NextToken, next_token
 from jaxreason.objectives.moe import router_losses
@@ -121,6 +124,51 @@ def test_routing_is_float32_for_bfloat16_inputs():
     np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
 
 
+# On meshes.
+
+
+@pytest.fixture(scope="module")
+def on_meshes():
+    out = run_python(REPO / "tests/fixtures/moe_meshes.py", timeout=3000)
+    return json.loads(out.splitlines()[-1])
+
+
+def test_experts_on_a_mesh_equal_one_device(on_meshes):
+    """Values and gradients; also where one expert gets every token of all devices."""
+    for name, found in on_meshes["meshes"].items():
+        assert found["apart"] < (0.02 if name == "bfloat16" else 1e-5), name
+        assert found["all_to_all"] == ("fsdp 4" not in name), name
+
+
+def test_what_finds_no_room_is_dropped_and_counted(on_meshes):
+    found = on_meshes["dropped"]
+    assert 0.1 < found["lost"] / found["of"] < 0.9
+    assert found["counted"] and found["apart"] < 1e-4
+
+
+def test_a_batch_that_the_mesh_does_not_divide(on_meshes):
+    error, apart = on_meshes["errors"]
+    assert "does not cut 3 x 8 tokens evenly" in error
+    assert apart < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("factor", "rows"), [(0.0, 64), (1.0, 16), (1.5, 24), (100.0, 64), (1e-9, 1)]
+)
+def test_room_is_over_that_of_even_routing(factor, rows):
+    assert room(64, 8, 2, factor) == rows
+    assert room(64, 2, 8, 1.0) == 64  # Eight experts a token on two devices: all go to both.
+
+
+@pytest.mark.parametrize("form", ["auto", "all_to_all"])
+def test_without_a_mesh_nothing_is_sent(form):
+    cfg = Moe(num_experts=E, top_k=2, form=form, capacity_factor=0.5)
+    y, aux = jax.jit(moe, static_argnums=(0, 3))(cfg, make_params(), normal(0, B, T, D), "xla")
+    expected, _ = oracle(make_params(), normal(0, B, T, D), 2, False)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    assert not aux["dropped"].any()
+
+
 # Losses.
 
 LAYERS, K = 3, 2
@@ -173,6 +221,16 @@ def test_even_routing_gives_the_least_balance_loss_and_metric_one():
     sums, metrics, _ = router_losses(LOSS).terms(outputs, {}, batch, None, None, 0)
     assert float(sums["balance"]) / E == pytest.approx(K)
     assert float(metrics["busiest_expert"][0] / metrics["busiest_expert"][1]) == pytest.approx(1.0)
+
+
+def test_dropped_is_the_share_of_assignments():
+    outputs, batch = routed()
+    dropped = jnp.asarray(np.random.default_rng(1).integers(0, K + 1, (LAYERS, 4, T)))
+    outputs = outputs.replace(aux=outputs.aux | {"dropped": dropped})
+    _, metrics, _ = router_losses(LOSS).terms(outputs, {}, batch, None, None, 0)
+    real = np.asarray(batch["segment_ids"]) > 0
+    expected = np.asarray(dropped)[:, real].sum() / (LAYERS * K * real.sum())
+    assert float(metrics["dropped"][0] / metrics["dropped"][1]) == pytest.approx(expected)
 
 
 def test_a_batch_of_padding_adds_nothing():

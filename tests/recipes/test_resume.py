@@ -14,6 +14,7 @@ import pytest
 from support import REPO, environment, tail
 
 from jaxreason.train import arrays, load, manifest
+from jaxreason.train.goodput import read_goodput
 from jaxreason.train.log import read_metrics, without_time
 
 STEPS, STOP, EVERY = 60, 30, 2  # LET ends at step STOP; a checkpoint every EVERY steps
@@ -29,6 +30,8 @@ class Killed:
         self.starts: list[int] = []  # the step that every process but the first went on after
         self.mid_save = 0  # kills that left an unfinished checkpoint
         self.output = ""
+        self.damaged = 0  # the step of the checkpoint that was damaged
+        self.seconds = 0.0  # from the first start to the last end
 
 
 def start(room: pathlib.Path, arm: str, folder: str, *more: str) -> subprocess.Popen:
@@ -108,6 +111,7 @@ def killed(tmp_path_factory) -> tuple[pathlib.Path, Killed]:
         return start_let(room, "killed")
 
     # Before there is any checkpoint, and then at random: the delay may or may not hit a save.
+    began = time.monotonic()
     process = begin()
     until(process, lambda: (run / "metrics.jsonl").exists())
     time.sleep(rng.uniform(0, 0.3))
@@ -134,6 +138,7 @@ def killed(tmp_path_factory) -> tuple[pathlib.Path, Killed]:
     end(process, signal.SIGKILL, killed)
     killed.damaged = damage(run)
     killed.output += finish(begin())
+    killed.seconds = time.monotonic() - began
     finish(straight)
     return room, killed
 
@@ -181,6 +186,22 @@ def test_rows_are_the_same(killed):
     straight, resumed = (without_time(read_metrics(room / name)) for name in ("straight", "killed"))
     assert [row["step"] for row in straight if row["kind"] == "train"] == [*range(1, STEPS + 1)]
     assert resumed == straight
+
+
+def test_the_wall_time_of_all_attempts_adds_up(killed):
+    """Nothing of a killed attempt is forgotten, though its rows were cut: lost work shows."""
+    room, what = killed
+    found = read_goodput(room / "killed")
+    assert found is not None and found.finished
+    assert found.attempts == len(what.codes) + 1
+    assert sum(found.share(cause) for cause in found.seconds) == pytest.approx(1)
+    # The clock of the tests went from before the first process started to after the last ended.
+    assert 0.95 * what.seconds - 2 < found.wall_s <= what.seconds
+    assert found.seconds["lost"] > 0 and found.seconds["down"] > 0
+    assert 0 < found.fraction < 1 and found.line() in what.output
+    straight = read_goodput(room / "straight")
+    assert straight is not None and straight.attempts == 1 and "lost" not in straight.seconds
+    assert found.seconds["startup"] > straight.seconds["startup"]  # Every attempt starts anew.
 
 
 def test_config_and_facts_are_the_same(killed):

@@ -64,7 +64,8 @@ def test_the_golden_loss_curve(room):
 
 def test_the_folder_holds_what_it_should(room):
     names = {path.name for path in (room / "let").iterdir()}
-    assert names == {"checkpoints", "config.json", "facts.json", "metrics.jsonl", "report.html"}
+    files = {"config.json", "facts.json", "goodput.jsonl", "metrics.jsonl", "report.html"}
+    assert names == {"checkpoints", *files}
     kept = sorted(path.name for path in (room / "let/checkpoints").iterdir())
     assert kept == ["00000010", "00000020"]
     saved = load.load_config(room / "let")

@@ -1,0 +1,209 @@
+"""The programs of a pretraining run, described without data and without this machine's devices.
+
+A run compiles and calls them (`recipes.pretrain`); `recipes.compile_for` compiles the same ones for
+a mesh of devices that are elsewhere. Nothing here reads a file or holds an array.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxreason.core import params as P
+from jaxreason.core import rng
+from jaxreason.core.errors import UserError
+from jaxreason.core.mesh import batch_sharding, batch_shards, check_divides, param_shardings
+from jaxreason.core.precision import as_dtype
+from jaxreason.models import decoder
+from jaxreason.models.decoder import ModelConfig
+from jaxreason.recipes.methods import make_phases
+from jaxreason.recipes.teacher import Teacher
+from jaxreason.train import state as state_lib
+from jaxreason.train.aot import shard_bytes
+from jaxreason.train.phase import Phase
+from jaxreason.train.step import make_train_step
+
+if TYPE_CHECKING:
+    from jaxreason.recipes.pretrain import PretrainConfig
+
+# What data.Dataset.batch gives, every field [B,T].
+BATCH = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "positions": jnp.int32,
+    "segment_ids": jnp.int32,
+    "loss_weights": jnp.float32,
+    "example_id": jnp.int32,
+}
+
+
+@dataclasses.dataclass
+class Program:
+    """A run's phases on a mesh, and the state that they map; `cfg` is resolved."""
+
+    cfg: "PretrainConfig"
+    model: ModelConfig
+    mesh: Any
+    shardings: state_lib.TrainState
+    phases: tuple[Phase, ...]
+    abstract_state: state_lib.TrainState
+    teacher: Teacher | None
+    key: jax.Array
+    """The base of the steps' keys; drawn outside the mesh, whose devices may not be here."""
+
+    @functools.cached_property
+    def dtype(self):
+        """The compute dtype."""
+        return as_dtype(self.cfg.compute_dtype)
+
+    def forward(self, params, batch: Mapping[str, Any], capture: tuple[int, ...] = ()):
+        """The trained model on a batch."""
+        return decoder.forward(
+            params["model"], self.model, batch, dtype=self.dtype, capture=capture
+        )
+
+    def step_fn(self, phase: Phase):
+        """The jitted training step of a phase, to be called once a phase; it donates the state."""
+        step = make_train_step(
+            self.forward,
+            phase,
+            key=self.key,
+            accumulate=self.cfg.train.accumulate,
+            clip_norm=self.cfg.optim.clip_norm,
+        )
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    def arguments(self, phase: Phase) -> tuple[state_lib.TrainState, dict, dict]:
+        """What a phase's step is called with: state, frozen parameters, batch, as shapes."""
+        rows = (self.cfg.data.batch_size, self.cfg.data.seq_len)
+        cut = batch_sharding(self.mesh)
+        batch = {k: jax.ShapeDtypeStruct(rows, dtype, sharding=cut) for k, dtype in BATCH.items()}
+        frozen = {name: self.teacher.abstract for name in phase.frozen if self.teacher}
+        return self.abstract_state, frozen, batch
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step, over all devices."""
+        return self.cfg.data.batch_size * self.cfg.data.seq_len
+
+    @property
+    def model_flops(self) -> float:
+        """FLOPs of one step of the trained model alone."""
+        return 3.0 * self.tokens * decoder.forward_flops(self.model, self.cfg.data.seq_len)
+
+    def flops(self, phase: Phase) -> float:
+        """FLOPs of one step of a phase, teacher included."""
+        frozen = sum(model.forward_flops for model in phase.frozen.values())
+        return self.model_flops + self.tokens * frozen
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Bytes a device of the teacher's parameters, there while its phase lasts."""
+        used = self.teacher is not None and any(phase.frozen for phase in self.phases)
+        return shard_bytes(self.teacher.abstract) if used and self.teacher else 0
+
+    def traffic(self, phase: Phase) -> float:
+        """Bytes that a device's memory must move in one step of a phase, at the least.
+
+        The state is read once and written once. In every micro-batch a pass reads the weights that
+        it multiplies with, gathered, in the compute precision: forward, backward, and forward again
+        under remat; the teacher's forward reads its own. What the backward pass keeps is written
+        and read: a layer's input under remat=full, else its products too. Reconstructed from the
+        shapes; nothing is taken from the compiler.
+        """
+        model, mesh = self.model, self.mesh.shape
+        width = jnp.dtype(self.dtype).itemsize
+        trained = self.abstract_state.params["model"]
+        weights = (2 if model.remat == "none" else 3) * _multiplied(trained, mesh)
+        if model.tie_embeddings:
+            weights += 2 * math.prod(trained["embed"].shape) / mesh["tensor"]
+        if phase.frozen and self.teacher:
+            weights += _multiplied(self.teacher.abstract, mesh, without=("embed", "unembed"))
+        kept = model.d_model
+        if model.remat != "full":
+            heads = (2 * model.num_heads + 2 * model.kv_heads) * model.head_width
+            kept += (heads + model.d_model + 2 * model.d_ff) / mesh["tensor"]
+        rows = self.tokens * mesh["tensor"] / self.mesh.size
+        activations = 2 * rows * model.num_layers * kept * width
+        state = 2 * shard_bytes(self.abstract_state)
+        return state + self.cfg.train.accumulate * weights * width + activations
+
+
+def _multiplied(params, mesh, without: tuple[str, ...] = ("embed",)) -> float:
+    """Elements of the weights that a device multiplies with: cut by tensor and expert alone."""
+    total = 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if P.path_name(path) in without:
+            continue
+        cut = [axis if isinstance(axis, tuple) else (axis,) for axis in leaf.sharding.spec]
+        own = {names for names in cut if names in (("tensor",), ("expert",))}
+        total += math.prod(leaf.shape) / math.prod(mesh[names[0]] for names in own)
+    return total
+
+
+def check_rows(cfg: "PretrainConfig", mesh) -> None:
+    """Raises UserError unless every micro-batch gives each device the same number of rows."""
+    rows = batch_shards(mesh) * cfg.train.accumulate
+    if cfg.data.batch_size % rows:
+        raise UserError(
+            f"data.batch_size {cfg.data.batch_size} is not a multiple of mesh.data x mesh.fsdp x "
+            f"mesh.expert x train.accumulate = {rows}; change one of them"
+        )
+
+
+def make_create(specs, phases: tuple[Phase, ...], seed: int):
+    """Returns `create(params=None)`: the state before the first step, its parameters drawn."""
+    key = rng.named(rng.base_key(seed), "init")
+
+    def create(params=None):
+        params = P.initialise(specs, key) if params is None else params
+        return state_lib.create({"model": params}, phases)
+
+    return create
+
+
+def describe(
+    cfg: "PretrainConfig", mesh, teacher: Teacher | None, optimiser: optax.GradientTransformation
+) -> Program:
+    """The programs of a resolved config on a mesh.
+
+    Raises:
+      UserError: parts do not fit together, or the mesh does not divide the model.
+    """
+    if cfg.model.positions == "learned" and cfg.data.seq_len > cfg.model.max_positions:
+        raise UserError(
+            f"data.seq_len is {cfg.data.seq_len}, the model has {cfg.model.max_positions} learned "
+            "positions; shorten the rows"
+        )
+    model = decoder.resolve(
+        cfg.model,
+        mesh.devices.flat[0].platform,
+        dtype=as_dtype(cfg.compute_dtype),
+        seq_len=cfg.data.seq_len,
+    )
+    specs = decoder.specs(model)
+    check_divides(specs, mesh)
+    phases = make_phases(
+        cfg.method,
+        steps=cfg.train.steps,
+        optimiser=optimiser,
+        student_layers=cfg.model.num_layers,
+        teacher=teacher.frozen if teacher else None,
+        teacher_layers=teacher.num_layers if teacher else 0,
+        teacher_hidden_flops=teacher.hidden_flops if teacher else 0,
+        z_loss=cfg.z_loss,
+        chunk=cfg.logit_chunk,
+        moe=cfg.model.moe,
+    )
+    abstract = jax.eval_shape(make_create(specs, phases, cfg.run.seed))
+    shardings = state_lib.shardings(abstract, {"model": param_shardings(specs, mesh)}, mesh)
+    abstract = jax.tree.map(
+        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings
+    )
+    key = rng.named(rng.base_key(cfg.run.seed), "train")
+    return Program(cfg, model, mesh, shardings, phases, abstract, teacher, key)
