@@ -67,7 +67,10 @@ def _train(argv: Sequence[str]) -> int:
     _start_jax()
     run = recipes[command.recipe or "pretrain"][1]
     report = run(command.config, command=shlex.join(["python", "-m", "jaxreason.main", *argv]))
-    print(f"report: {report}")
+    import jax
+
+    if jax.process_index() == 0:
+        print(f"report: {report}")
     return 0
 
 

@@ -74,11 +74,12 @@ def moe(
     a `capacity_factor`: then `dropped` [B,T] is how many of its experts a token did not reach.
 
     Raises:
-      UserError: all_to_all on a mesh that does not cut the tokens evenly.
+      UserError: a mesh that does not divide the experts or their width; all_to_all on one that
+        does not cut the tokens evenly.
     """
     weights, experts, logits = route(cfg, p["router"], x_btd)
     aux = {"router_logits": logits, "experts": experts}
-    form, dropped = _form(cfg, x_btd.shape, kernels), None
+    form, dropped = _form(cfg, x_btd.shape, p["gate"].shape[-1], kernels), None
     if form == "all_to_all":
         y, dropped = expert_parallel(p, x_btd, weights, experts, kernels, cfg.capacity_factor)
     else:
@@ -89,13 +90,22 @@ def moe(
     return y, aux
 
 
-def _form(cfg: Moe, shape: tuple[int, ...], kernels: str) -> str:
+def _form(cfg: Moe, shape: tuple[int, ...], d_ff: int, kernels: str) -> str:
     """The form that `auto` means for tokens of a shape on the mesh."""
     if cfg.form in ("dense", "grouped"):
         return cfg.form
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return "dense" if cfg.form == "auto" and kernels == "cpu" else "grouped"
+    for axis, size, name in (
+        ("expert", cfg.num_experts, "moe.num_experts"),
+        ("tensor", d_ff, "d_ff"),
+    ):
+        if size % mesh.shape[axis]:
+            raise UserError(
+                f"model.{name} is {size}, mesh.{axis} is {mesh.shape[axis]}; choose a mesh.{axis} "
+                "that divides it"
+            )
     if cuts(shape):
         # A sort of all tokens of a batch that is cut would collect them on every device. On CPU
         # the ragged product is no less work than the dense one.

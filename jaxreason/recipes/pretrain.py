@@ -44,10 +44,12 @@ from jaxreason.recipes.methods import Method
 from jaxreason.recipes.open_model import keep_tokenizer
 from jaxreason.recipes.program import Program, check_rows, describe, make_create
 from jaxreason.recipes.resume import check_config, check_folder
+from jaxreason.recipes.samples import write_samples
 from jaxreason.recipes.teacher import TeacherConfig, check_tokenizer, open_teacher
 from jaxreason.recipes.teacher_cache import CachedTeacher, with_cache
 from jaxreason.train import state as state_lib
 from jaxreason.train.checkpoint import CheckpointConfig, Checkpointer
+from jaxreason.train.clock import Clock
 from jaxreason.train.log import MetricsLog
 from jaxreason.train.loop import Run, TrainConfig, train
 from jaxreason.train.optim import OptimConfig, make_optimiser, make_schedule
@@ -69,6 +71,9 @@ class RunConfig:
     """Heading of the report."""
     expected: str = ""
     """The number to expect and where it is from, shown in the report."""
+    samples: int = 0
+    """Held-out texts that the report shows with the model's greedy continuation (one device only);
+    each run then compiles generation too."""
     allow_changes: bool = False
     """Go on in a folder whose config differs; the run is then neither of the two."""
 
@@ -226,6 +231,7 @@ def never_best(cfg: PretrainConfig) -> bool:
 
 def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:
     """Trains, or goes on where the run's folder stands; returns the report's path."""
+    clock = Clock()
     if not cfg.run.dir:
         raise UserError("run.dir is not set; name the run's folder with --config.run.dir=...")
     directory = epath.Path(cfg.run.dir).expanduser()
@@ -257,8 +263,9 @@ def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:
                 version=jaxreason.__version__,
             )
         )
-        restored = checkpointer.latest(built.abstract_state)
-        state = built.init_state() if restored is None else restored.state
+        with clock.charge("load"):
+            restored = checkpointer.latest(built.abstract_state)
+            state = built.init_state() if restored is None else restored.state
         start = 0 if restored is None else restored.step
         if start > cfg.train.steps:
             raise UserError(
@@ -297,6 +304,7 @@ def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:
                 flops=built.flops,
                 learning_rate=make_schedule(cfg.optim, cfg.train.steps),
                 peak_flops=peak * built.mesh.size if peak else None,
+                clock=clock,
             ),
             state,
             start,
@@ -304,4 +312,9 @@ def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:
     done = int(state.step)
     if done < cfg.train.steps:
         raise Preempted(done)
+    if cfg.run.samples and built.mesh.size == 1:
+        write_samples(
+            directory, state.params["model"], cfg.model, built.held_out,
+            dtype=cfg.compute_dtype, count=cfg.run.samples,
+        )  # fmt: skip
     return report_for_run(directory) if jax.process_index() == 0 else directory

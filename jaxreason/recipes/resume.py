@@ -32,6 +32,7 @@ FREE = (
     "model.attention",
     "model.layers",
     "model.remat",
+    "run.samples",
     "logit_chunk",
 )
 

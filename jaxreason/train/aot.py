@@ -194,7 +194,7 @@ def transfer_seconds(collective: Collective, target: Target, mesh: Any) -> float
     """
     chip, devices = target.chip, mesh.devices.flat
     members = [devices[i] for i in collective.members]
-    homes = [_home(device, i, chip) for device, i in zip(members, collective.members, strict=True)]
+    homes = [_home(device, chip) for device in members]
     inside = collective.sent / _bandwidth(members, target)
     outside = len(set(homes))
     if outside < 2:
@@ -205,11 +205,11 @@ def transfer_seconds(collective: Collective, target: Target, mesh: Any) -> float
     return max(inside, whole * (outside - 1) / outside / (len(homes) / outside) / chip.network)
 
 
-def _home(device: Any, index: int, chip: Chip) -> int:
-    """The slice or the node of a device."""
+def _home(device: Any, chip: Chip) -> int:
+    """The slice or the node of a device; a node is one process of a GPU's topology."""
     if chip.platform == "tpu":
         return getattr(device, "slice_index", 0) or 0
-    return index // chip.host
+    return device.process_index
 
 
 def _bandwidth(members: list, target: Target) -> float:
@@ -231,5 +231,7 @@ def to_json(compiled: Compiled) -> dict[str, Any]:
     for collective in plain["collectives"]:
         del collective["members"]
     if compiled.out_of_memory is not None:
-        plain["out_of_memory"]["needed"] = compiled.out_of_memory.needed
+        over = plain["out_of_memory"]
+        over["needed"] = compiled.out_of_memory.needed
+        plain["out_of_memory"] = {k: None if v != v else v for k, v in over.items()}  # No NaN.
     return {**plain, "sent": compiled.sent}

@@ -146,10 +146,12 @@ def test_what_finds_no_room_is_dropped_and_counted(on_meshes):
     assert found["counted"] and found["apart"] < 1e-4
 
 
-def test_a_batch_that_the_mesh_does_not_divide(on_meshes):
-    error, apart = on_meshes["errors"]
+def test_what_the_mesh_does_not_divide(on_meshes):
+    error, apart, experts, width = on_meshes["errors"]
     assert "does not cut 3 x 8 tokens evenly" in error
     assert apart < 1e-5
+    assert experts.startswith("model.moe.num_experts is 12, mesh.expert is 8;")
+    assert width.startswith("model.d_ff is 7, mesh.tensor is 2;")
 
 
 @pytest.mark.parametrize(

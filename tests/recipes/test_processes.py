@@ -102,7 +102,7 @@ def jobs(tmp_path_factory) -> dict[str, Job]:
 
     begin("one", "one", 1).finish()
     begin("two", "two", 2).finish()
-    begin("four", "four", 4, every=1).finish()
+    begin("four", "four", 4, every=STOP).finish()
 
     # It must not be done before it is killed: it saves after every step.
     job = begin("killed", "killed", 2, every=1)
