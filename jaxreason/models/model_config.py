@@ -146,7 +146,7 @@ def shape_of(cfg: ModelConfig) -> dict[str, Any]:
     """The settings that a checkpoint is known by, as plain values: all but the forms."""
     fields = dataclasses.asdict(cfg)
     if cfg.moe is not None:
-        del fields["moe"]["form"]
+        del fields["moe"]["form"], fields["moe"]["capacity_factor"]
     return {name: value for name, value in fields.items() if name not in FORMS}
 
 
