@@ -151,12 +151,12 @@ def _grown(phase: dict[str, Any], committed: dict[str, Any] | None) -> list[str]
 
 
 def _teacher_stays(report: dict[str, Any]) -> list[str]:
-    """The teacher's bytes must leave the arguments with its phase."""
+    """The teacher's bytes must leave the arguments with its phase (padded: somewhat more do)."""
     phases = [phase for phase in report["phases"] if phase["memory"] is not None]
     if len(phases) < 2 or not report["teacher_bytes"]:
         return []
     left = phases[0]["memory"]["arguments"] - phases[-1]["memory"]["arguments"]
-    if abs(left - report["teacher_bytes"]) <= max(SMALL, 0.02 * report["teacher_bytes"]):
+    if left >= report["teacher_bytes"] / TOLERANCE:
         return []
     return [
         f"the teacher's {size(report['teacher_bytes'])} do not leave the arguments with its phase: "

@@ -94,7 +94,7 @@ class ModelConfig:
     remat: Literal["none", "full", "attention", "dots", "minimal", "minimal_attention"] = "none"
     """What the backward pass computes again: nothing; everything; all but attention; all but
     products; all but products with weights; all but these and attention. That attention is kept
-    holds for the splash kernel; the other backends compute theirs again."""
+    holds for splash and blocked; the other backends compute theirs again."""
 
     @property
     def kv_heads(self) -> int:

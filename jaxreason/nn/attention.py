@@ -27,9 +27,10 @@ __all__ = ["BACKENDS", "Mask", "attention", "check_platform", "choose_backend", 
 __all__ += ["reference_attention"]
 
 BACKENDS = ("reference", "cpu", "blocked", "splash", "cudnn")
-# Rows of this many tokens and more go by blocks on CPU: three to four times slower there, but a
-# layer of 9 heads (64 wide, bfloat16) then holds 69 MB for a row of 4096, forward and backward,
-# and 1208 MB in the cpu form; at 2048 tokens 62 and 302 MB a row.
+# Rows of this many tokens and more go by blocks on CPU. That is slower, 2.7 to 4.4 times at 1024
+# to 4096 tokens (bfloat16, on a machine busy with other work), but a layer of 9 heads, 64 wide,
+# then holds 69 MB for a row of 4096, forward and backward, where the cpu form holds 1208 MB; at
+# 2048 tokens 62 and 302 MB.
 CPU_BLOCKED_FROM = 4096
 
 

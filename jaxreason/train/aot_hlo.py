@@ -108,7 +108,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
         if head := _HEAD.match(line):
             current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # A kernel's settings may hold lines that begin with one.
             current = None
         elif current is not None and (found := _LINE.match(line)):
             current.append(_instruction(found[1], found[2]))

@@ -136,6 +136,24 @@ def test_remat_and_mode_give_the_same_gradients(remat, mode):
     )
 
 
+@pytest.mark.parametrize(
+    ("remat", "without"), [("attention", "full"), ("minimal_attention", "minimal")]
+)
+def test_remat_that_keeps_attention_computes_it_once(remat, without):
+    params = P.initialise(decoder.specs(TINY), jax.random.key(0))
+    batch = make_batch(np.random.default_rng(0).integers(0, 64, (2, 6)))
+
+    def grad(remat):
+        cfg = dataclasses.replace(TINY, attention="blocked", layers="scan", remat=remat)
+        return jax.grad(lambda p: jnp.sum(decoder.forward(p, cfg, batch).final ** 2))
+
+    kept, again = (str(jax.make_jaxpr(grad(name))(params)) for name in (remat, without))
+    # The forward loop over keys has two exponentials, the backward's one.
+    assert kept.count("= exp ") == again.count("= exp ") - 2
+    plain = jax.jit(grad("none"))(params)
+    chex.assert_trees_all_close(jax.jit(grad(remat))(params), plain, rtol=1e-4, atol=1e-4)
+
+
 def test_input_embeddings_in_place_of_tokens():
     params = P.initialise(decoder.specs(TINY), jax.random.key(0))
     batch = make_batch(np.random.default_rng(0).integers(0, 64, (2, 6)))

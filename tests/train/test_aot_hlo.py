@@ -35,6 +35,9 @@ LOOP = """HloModule jit_step, is_scheduled=true
   %x = f32[1,128]{1,0} get-tuple-element(%w), index=1
   %two = s32[] constant(2)
   %next = s32[] add(%i, %two)
+  %kernel = f32[1,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config": {"body": "TUxJUg",
+ "xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(step)/while/body/splash"}
   %fusion.1 = (f32[1,128]{1,0}, f32[1,512]{1,0}) fusion(%x), kind=kCustom, calls=%start_fusion
   %fusion.2 = f32[1,512]{1,0} fusion(%x), kind=kOutput, calls=%step_fusion
   %ar = f32[1,128]{1,0} all-reduce(%x), channel_id=8, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add, metadata={op_name="jit(step)/while/body/psum"}
