@@ -64,6 +64,12 @@ AOT_CI := let_1p4b_v5e_4x4,let_1p4b_v5p_2x2x4
 aot: $(AOT_VENV)/.cuda ## compile the large configs for TPU and GPU slices, hold their budgets (ARGS=--update)
 	@$(AOT_PY) -m benchmarks.aot_gates $(ARGS)
 
+.PHONY: aot-test
+aot-test: $(AOT_VENV)/.cuda ## let the TPU's and the GPU's compiler take the attention kernels
+	@$(AOT_PY) -m pip $(PIP_INSTALL) pytest chex -c constraints.txt
+	@TPU_SKIP_MDS_QUERY=1 $(AOT_PY) -m pytest -q tests/aot --override-ini=testpaths=tests/aot \
+		--override-ini=addopts=--import-mode=importlib
+
 .PHONY: aot-ci
 aot-ci: $(AOT_VENV)/.tpu ## the two gates that CI holds
 	@$(AOT_PY) -m benchmarks.aot_gates --only=$(AOT_CI) $(ARGS)

@@ -69,8 +69,8 @@ def grows(found: dict[int, dict[str, Any]]) -> list[str]:
         for name in one["sent"].keys() | first["sent"].keys():
             change = one["sent"].get(name, 0.0) - first["sent"].get(name, 0.0)
             if abs(change) > 0.01 * total:
-                axis = next((why for key, why in WHY.items() if key in name), "")
-                lines.append(f"{chips} chips:   {name} {change / total:+.1%} of the sum; {axis}")
+                why = next((f"; {why}" for key, why in WHY.items() if key in name), "")
+                lines.append(f"{chips} chips:   {name} {change / total:+.1%} of the sum{why}")
     return lines
 
 

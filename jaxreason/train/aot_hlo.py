@@ -269,9 +269,11 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
             kind = _kind(i.opcode)
             if kind is None or not times[name] or (_channel(i) in started and not starts):
                 continue
-            if kind == "all-reduce" and "all-reduce-scatter" in name:
-                kind = "reduce-scatter"
+            # A sum of which a fusion keeps one slice: its type is that of the whole.
+            sliced = kind == "all-reduce" and "all-reduce-scatter" in name
             for found in _one(i, kind, times[name], mesh, devices):
+                if sliced:
+                    found = dataclasses.replace(found, kind="reduce-scatter", sent=found.sent / 2)
                 key = (found.kind, found.axes, found.group, found.source)
                 old = total.get(key, dataclasses.replace(found, count=0, sent=0.0))
                 total[key] = dataclasses.replace(

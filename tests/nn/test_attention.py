@@ -1,6 +1,6 @@
 """Every attention backend against the definition: values, gradients, masks, refusals.
 
-The GPU's kernel runs nowhere here; test_attention_compile.py gives it to its compiler.
+The GPU's kernel runs nowhere here; tests/aot gives it to its compiler.
 """
 
 import dataclasses

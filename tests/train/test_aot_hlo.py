@@ -29,6 +29,13 @@ LOOP = """HloModule jit_step, is_scheduled=true
   ROOT %all-gather.2 = f32[1,512]{1,0:T(1,128)} all-gather(%q), channel_id=7, replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, dimensions={1}
 }
 
+%all-reduce-scatter.3 (r: bf16[64]) -> bf16[16] {
+  %r = bf16[64]{0} parameter(0)
+  %whole = bf16[64]{0} all-reduce(%r), channel_id=20, replica_groups=[2,4]<=[8], to_apply=%add
+  %at = s32[] constant(0)
+  ROOT %part = bf16[16]{0} dynamic-slice(%whole, %at), dynamic_slice_sizes={16}
+}
+
 %body (w: (s32[], f32[1,128])) -> (s32[], f32[1,128]) {
   %w = (s32[]{:T(128)}, f32[1,128]{1,0}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%w), index=0
@@ -60,6 +67,7 @@ ENTRY %main (arg: f32[1,128]) -> f32[1,128] {
   %cpd = bf16[4,8]{1,0} collective-permute-done(%cp)
   %ags = ((f32[8]{0}, f32[16]{0}), (f32[64]{0}, f32[128]{0})) all-gather-start(%arg, %arg), channel_id=10, replica_groups=[1,8]<=[8], dimensions={0}
   %agd = (f32[64]{0}, f32[128]{0}) all-gather-done(%ags)
+  %fused = bf16[16]{0} fusion(%arg), kind=kCustom, calls=%all-reduce-scatter.3
   %rs = bf16[16]{0} reduce-scatter(%arg), channel_id=11, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, to_apply=%add
   %alone = f32[8]{0} all-reduce(%arg), channel_id=12, replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
   ROOT %gte = f32[1,128]{1,0} get-tuple-element(%while.1), index=1
@@ -76,6 +84,8 @@ def test_kinds_counts_bytes_and_axes():
         ("all-reduce", ("data",)): (5, 5 * 2 * 128 * 4 * 1 / 2, 2),
         ("collective-permute", ("fsdp",)): (1, 4 * 8 * 2, 4),
         ("all-gather", ("data", "fsdp")): (1, (64 + 128) * 4 * 7 / 8, 8),
+        # A sum of which a slice is kept sends half of what the sum would.
+        ("reduce-scatter", ("fsdp",)): (1, 64 * 2 * 3 / 4, 4),
         # A transposed list: the groups are 0 2 4 6 and 1 3 5 7, half of fsdp and all of data.
         ("reduce-scatter", ("data", "part of fsdp")): (1, 3 * 16 * 2, 4),
     }

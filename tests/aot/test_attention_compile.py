@@ -2,7 +2,7 @@
 
 Skipped where jax[tpu] (libtpu) or jax[cuda13] is not installed. In an environment with one of them:
 
-    TPU_SKIP_MDS_QUERY=1 python -m pytest tests/nn/test_attention_compile.py
+    TPU_SKIP_MDS_QUERY=1 python -m pytest tests/aot
 """
 
 import importlib.util
