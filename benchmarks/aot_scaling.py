@@ -25,8 +25,10 @@ RESULTS = pathlib.Path("docs/results/aot_scaling.json")
 SLICES = {16: "2x2x4", 64: "4x4x4", 256: "4x8x8", 512: "8x8x8"}
 ROWS, FSDP, WITHIN = 4, 16, 0.05
 WHY = {
-    "data": "the gradients' sum over data sends 2(n-1)/n of its bytes, n = copies of the model: "
-    "nothing for one copy, 1.5 for 4, towards 2 for many",
+    "over data+fsdp": "gradients summed whole over all chips and cut afterwards, an embedding "
+    "table's: sends 2(n-1)/n of it, n = chips",
+    "over data": "the sum of the other gradients' parts over the copies of the model: 2(n-1)/n of "
+    "a chip's part, n = copies; nothing for one copy, 1.5 for 4, towards 2 for many",
 }
 
 
@@ -69,7 +71,7 @@ def grows(found: dict[int, dict[str, Any]]) -> list[str]:
         for name in one["sent"].keys() | first["sent"].keys():
             change = one["sent"].get(name, 0.0) - first["sent"].get(name, 0.0)
             if abs(change) > 0.01 * total:
-                why = next((f"; {why}" for key, why in WHY.items() if key in name), "")
+                why = next((f"; {why}" for key, why in WHY.items() if name.endswith(key)), "")
                 lines.append(f"{chips} chips:   {name} {change / total:+.1%} of the sum{why}")
     return lines
 
