@@ -68,7 +68,7 @@ def grows(found: dict[int, dict[str, Any]]) -> list[str]:
         if abs(now / total - 1) <= WITHIN:
             continue
         lines.append(f"{chips} chips: bytes sent {now / total - 1:+.1%}")
-        for name in one["sent"].keys() | first["sent"].keys():
+        for name in sorted(one["sent"].keys() | first["sent"].keys()):
             change = one["sent"].get(name, 0.0) - first["sent"].get(name, 0.0)
             if abs(change) > 0.01 * total:
                 why = next((f"; {why}" for key, why in WHY.items() if name.endswith(key)), "")
