@@ -64,6 +64,10 @@ AOT_CI := let_1p4b_v5e_4x4,let_1p4b_v5p_2x2x4
 aot: $(AOT_VENV)/.cuda ## compile the large configs for TPU and GPU slices, hold their budgets (ARGS=--update)
 	@$(AOT_PY) -m benchmarks.aot_gates $(ARGS)
 
+.PHONY: aot-table
+aot-table: $(STAMP) ## print the committed numbers of those configs; compiles nothing
+	@$(PY) -m benchmarks.aot_gates --table
+
 .PHONY: aot-test
 aot-test: $(AOT_VENV)/.cuda ## let the TPU's and the GPU's compiler take the attention kernels
 	@$(AOT_PY) -m pip $(PIP_INSTALL) pytest chex -c constraints.txt
@@ -87,7 +91,7 @@ $(AOT_VENV)/.tpu: pyproject.toml constraints.txt
 
 $(AOT_VENV)/.cuda: VENV := $(AOT_VENV)
 $(AOT_VENV)/.cuda: $(AOT_VENV)/.tpu
-	@echo "Adding the GPU compiler to $(VENV): about 3 GB to download ..."; \
+	@set -e; echo "Adding the GPU compiler to $(VENV): about 3 GB to download ..."; \
 	$(PY) -m pip $(PIP_INSTALL) -e '.[aot,cuda]' -c constraints.txt; touch $@
 
 MAXTEXT_VENV := .cache/maxtext-venv

@@ -29,18 +29,6 @@ fail() {
     exit 2
 }
 
-# Prints a command as one would type it.
-show() {
-    local word line='' quote="'"
-    for word in "$@"; do
-        case $word in
-            '' | *[!-A-Za-z0-9_=.,:/@%+]*) word="'${word//$quote/$quote\\$quote$quote}'" ;;
-        esac
-        line="$line $word"
-    done
-    printf '%s\n' "${line# }"
-}
-
 whole() { # NAME VALUE LEAST: the value, if it is a whole number
     case $2 in
         '' | *[!0-9]*) fail "--$1 is '$2'; expected a whole number" ;;
@@ -49,6 +37,8 @@ whole() { # NAME VALUE LEAST: the value, if it is a whole number
 }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
+# shellcheck source=launch/show.sh
+. "$root/launch/show.sh"
 nodes=1 gpus=8 per=gpu cpus='' time='' name=jaxreason partition='' account='' save_seconds=120
 wait=60 restarts=100 log='' python="$root/.venv/bin/python" dry='' more=()
 

@@ -36,19 +36,9 @@ say() {
     printf '%s\n' "$1" >&2
 }
 
-# Prints a command as one would type it.
-show() {
-    local word line='' quote="'"
-    for word in "$@"; do
-        case $word in
-            '' | *[!-A-Za-z0-9_=.,:/@%+]*) word="'${word//$quote/$quote\\$quote$quote}'" ;;
-        esac
-        line="$line $word"
-    done
-    printf '%s\n' "${line# }"
-}
-
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
+# shellcheck source=launch/show.sh
+. "$root/launch/show.sh"
 name='' project='' zone='' accelerator='' version='' spot='' queued='' internal='' worker=0
 restarts=100 poll=30 dry='' more=() action=${1:-}
 case $action in
@@ -207,8 +197,15 @@ make_vm() {
         return
     fi
     ask_queue MISSING
+    if [ "$answer" = ACTIVE ]; then # its VM may show in a moment
+        sleep "$poll"
+        ask_vm MISSING
+        [ "$answer" = MISSING ] || return 0
+        answer=ACTIVE
+    fi
     case $answer in
-        FAILED | SUSPENDED | SUSPENDING) # its VM is gone, and it makes no other
+        ACTIVE | FAILED | SUSPENDED | SUSPENDING) # its VM is gone, and it makes no other
+            say "the request for $name is $answer and its VM is gone; asking anew"
             remove || return 1
             answer=MISSING
             ;;
@@ -277,7 +274,7 @@ again() {
 }
 
 run() {
-    local left=$restarts lost=0 installed='' begun='' id arguments code
+    local left=$restarts lost=0 installed='' begun='' id='' arguments code
     arguments=$(printf '%q ' "$@")
     while :; do
         ask_vm "$([ -n "$begun" ] && echo READY || echo MISSING)"
@@ -314,7 +311,11 @@ run() {
                 lose "the first host of $name does not answer"
                 continue
                 ;;
-            running\ *) say "a run is under way on $name; following it (stop it to start another)" ;;
+            running\ *)
+                id=${answer#running }
+                say "a run is under way on $name; following it (stop it to start another)"
+                ;;
+            exited\ *" $id") ;; # the one that was followed has ended out of sight
             *)
                 if [ -z "$installed" ] && ! install; then
                     lose "the hosts of $name could not be set up"
@@ -332,8 +333,14 @@ run() {
                 fi
                 ;;
         esac
-        on 0 "$worker_py follow" || say "the connection to $name was lost"
-        host_status 'exited 0 -'
+        while :; do
+            on 0 "$worker_py follow" || say "the connection to $name was lost"
+            host_status 'exited 0 -'
+            case $answer in
+                running\ *) sleep "$poll" ;; # only the connection has ended
+                *) break ;;
+            esac
+        done
         case $answer in
             exited\ *)
                 lost=0
@@ -346,6 +353,7 @@ run() {
                 continue
                 ;;
         esac
+        id=''
         case $code in
             0)
                 [ -z "$dry" ] || say "dry run: nothing was done; when told to stop, or when $name is gone, run begins again at the first line"

@@ -1,6 +1,7 @@
 """LET at 7B: a LLaMA-style student, Llama-3.2-1B as its teacher.
 
     python -m jaxreason.main --config=experiments/let/llama_7b.py \
+        --config.mesh.data=4 --config.mesh.fsdp=16 \
         --config.data.path='gs://my-bucket/pile/*.jsonl.zst' \
         --config.data.tokenizer.path=gs://my-bucket/llama3/tokenizer.json \
         --config.teacher.path=gs://my-bucket/llama-3.2-1b --config.run.dir=gs://my-bucket/runs/let7b
@@ -10,7 +11,8 @@ run names the teacher and little else: batch, learning rate, sequence length, wa
 decay below are reconstructed. Meant for a v5p 4x4x4 slice (64 chips); nothing has been trained
 here. What its steps need there, from the TPU compiler: docs/results/aot_gates.json, and
 
-    python -m jaxreason.main --config=experiments/let/llama_7b.py --compile_for=tpu:v5p:4x4x4
+    python -m jaxreason.main --config=experiments/let/llama_7b.py \
+        --config.mesh.data=4 --config.mesh.fsdp=16 --compile_for=tpu:v5p:4x4x4
 """
 
 import dataclasses

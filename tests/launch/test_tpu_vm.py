@@ -93,8 +93,8 @@ print(f"start {{number}} on host {{host}}", flush=True)
 if code.startswith("told"):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(code[4:])))
     time.sleep(30)
-time.sleep(0.1)
-sys.exit(int(code))
+time.sleep(4 if code.startswith("slow") else 0.1)
+sys.exit(int(code.removeprefix("slow")))
 """
 
 
@@ -253,17 +253,34 @@ def test_a_run_under_way_is_followed_stopped_and_its_code_kept(cloud):
     assert "start 0 on host 1" in cloud.run("logs", "--name=my-tpu", "--worker=all").stdout
 
 
+def test_a_connection_that_keeps_breaking_ends_no_run(cloud):
+    """The run says each time that it is under way."""
+    cloud.set(vm=["READY"], fail={"tpu_worker.py follow": [[255, "Connection reset"]] * 12})
+    cloud.exits("slow0")
+    done = cloud.train()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the connection to my-tpu was lost") == 12
+    assert len(cloud.runs(0)) == 1 and "ten times" not in done.stderr
+
+
+def test_a_run_that_ends_out_of_sight_is_not_started_again(cloud):
+    lost = [255, "Connection reset"]
+    cloud.set(vm=["READY"], fail={
+        "tpu_worker.py follow": [lost], "tpu_worker.py status": [[0, ""], lost],
+    })  # fmt: skip
+    done = cloud.train("--poll=1")
+    assert done.returncode == 0 and "does not say how the run is" in done.stderr, done.stderr
+    assert len(cloud.runs(0)) == 1
+
+
 def test_a_create_that_fails_leaves_nothing_behind(cloud):
     cloud.set(fail={"tpu-vm create": [[1, "ERROR: no more capacity in the zone"]]}, vm=["MISSING"])
     done = cloud.train()
     assert done.returncode == 1 and "no more capacity" in done.stderr
     assert "could not be made" in done.stderr and not cloud.calls("delete", "ssh", "scp")
     # Half made: gcloud failed, the VM is there all the same.
-    cloud.set(
-        fail={"tpu-vm create": [[1, "ERROR: timed out"]]}, vm=["MISSING", "MISSING", "CREATING"]
-    )
+    cloud.set(fail={"tpu-vm create": [[1, "ERROR: timed out"]]}, vm=["MISSING", "CREATING"])
     (cloud.room / "calls").unlink()
-    cloud.set(vm=["MISSING", "CREATING"])
     done = cloud.run("create", "--name=my-tpu", "--accelerator=v5p-8", "--poll=0.05")
     assert done.returncode == 1
     assert [c[2:5] for c in cloud.calls("delete")] == [["tpu-vm", "delete", "my-tpu"]]
@@ -309,6 +326,23 @@ def test_a_suspended_request_makes_room_for_a_new_one(cloud):
     assert [c[2:4] for c in cloud.calls("delete", "create")] == [
         ["queued-resources", "delete"], ["queued-resources", "create"],
     ]  # fmt: skip
+
+
+def test_an_active_request_whose_vm_is_gone_is_replaced(cloud):
+    cloud.set(vm=["MISSING"], queue=["ACTIVE"])
+    done = cloud.train("--queued")
+    assert done.returncode == 0, done.stderr
+    assert "is ACTIVE and its VM is gone; asking anew" in done.stderr
+    assert [c[2:4] for c in cloud.calls("delete", "create")] == [
+        ["queued-resources", "delete"], ["queued-resources", "create"],
+    ]  # fmt: skip
+
+
+def test_an_active_request_whose_vm_shows_late_is_kept(cloud):
+    cloud.set(vm=["MISSING", "READY"], queue=["ACTIVE"])
+    done = cloud.train("--queued")
+    assert done.returncode == 0, done.stderr
+    assert not cloud.calls("delete", "create")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
-"""Eight simulated devices give what one gives, for every method on every axis: loss, gradients,
-updated parameters.
+"""Eight simulated devices give what one gives: loss, gradients, updated parameters.
+
+Next-token prediction, LET and experts on every axis alone and mixed; distillation on one mixed
+mesh.
 
 All in float32 and with SGD: Adam divides by the root of a gradient's square and so turns rounding
 into steps.
