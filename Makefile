@@ -97,14 +97,14 @@ $(AOT_VENV)/.cuda: $(AOT_VENV)/.tpu
 MAXTEXT_VENV := .cache/maxtext-venv
 
 .PHONY: maxtext
-maxtext: $(AOT_VENV)/.tpu $(MAXTEXT_VENV)/.installed ## compile the same models with MaxText and here; bytes and time side by side
-	@$(AOT_PY) -m benchmarks.maxtext --maxtext=$(MAXTEXT_VENV)/bin/python $(ARGS)
+maxtext: $(MAXTEXT_VENV)/.installed ## compile the same models with MaxText and here; bytes and time side by side
+	@$(MAXTEXT_VENV)/bin/python -m benchmarks.maxtext $(ARGS)
 
 $(MAXTEXT_VENV)/.installed: VENV := $(MAXTEXT_VENV)
 $(MAXTEXT_VENV)/.installed:
 	@set -e; $(find_python); echo "Setting up $(VENV) with maxtext[tpu] ..."; \
 	rm -rf $(VENV); mkdir -p $(dir $(VENV)); $(create_venv); \
-	$(PY) -m pip $(PIP_INSTALL) 'maxtext[tpu]==0.2.5'; touch $@
+	$(PY) -m pip $(PIP_INSTALL) 'maxtext[tpu]==0.2.5' -e .; touch $@
 
 .PHONY: venv
 venv: $(STAMP) ## set up .venv with the pinned packages

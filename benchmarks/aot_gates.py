@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxreason.core.errors import nearest
+from jaxreason.recipes.facts import commit
 from jaxreason.train.aot_table import size
 
 RESULTS = pathlib.Path("docs/results/aot_gates.json")
@@ -79,6 +80,7 @@ def budget(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "target": report["target"],
         "versions": report["versions"],
+        "commit": commit(),
         "mesh": report["mesh"],
         "batch_size": report["batch_size"],
         "accumulate": report["accumulate"],

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.aot_gates import _sent
+from jaxreason.recipes.facts import commit
 from jaxreason.train.aot_table import size
 
 RESULTS = pathlib.Path("docs/results/aot_scaling.json")
@@ -104,7 +105,8 @@ def main() -> int:
     lines = grows(found)
     print("\n".join(lines) or "everything stays within 5 %")
     if arguments.update:
-        RESULTS.write_text(json.dumps({"slices": found, "grows": lines}, indent=1) + "\n")
+        table = {"commit": commit(), "slices": found, "grows": lines}
+        RESULTS.write_text(json.dumps(table, indent=1) + "\n")
     return 0
 
 

@@ -1,12 +1,13 @@
 """Bytes a chip and compile time, beside MaxText's, for the same models on the same TPU slices.
 
-    make maxtext                     # environments, this benchmark, docs/results/maxtext.json
-    python -m benchmarks.maxtext --maxtext=PYTHON --ours=PYTHON [--cases=llama2_7b] [--only=ours]
+    make maxtext                     # environment, this benchmark, docs/results/maxtext.json
+    python -m benchmarks.maxtext [--cases=llama2_7b] [--only=ours]
 
-Both sides run the real TPU compiler in a process of their own: MaxText's `train_compile` with its
-defaults, this project's `--compile_for`. Arguments are parameters, both moments and the batch;
-temporaries are what the compiler keeps besides. `cpu_s` is the CPU time of the whole process,
-imports included: wall time says little where other work runs.
+Both sides run the same real TPU compiler (MaxText's package brings it; another version keeps
+other temporaries), each in a process of its own: MaxText's `train_compile` with its defaults,
+this project's `--compile_for`. Arguments are parameters, both moments and the batch; temporaries
+are what the compiler keeps besides. `cpu_s` is the CPU time of the whole process, imports
+included: wall time says little where other work runs.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 from benchmarks.maxtext_shapes import SEQ_LEN
+from jaxreason.recipes.facts import commit
 
 OUT = Path("docs/results/maxtext.json")
 GB = 1e9
@@ -129,12 +131,6 @@ def version(python: str, package: str) -> str:
     """An installed package's version."""
     code = f"import importlib.metadata as m; print(m.version({package!r}))"
     return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
-
-
-def commit() -> str:
-    """The commit that is measured."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def table(results: dict) -> str:

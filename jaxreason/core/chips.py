@@ -22,7 +22,7 @@ class Chip:
     of `link_bandwidth` bytes/s one way; a TPU's torus has `dimensions`, and a dimension closes into
     a ring from `ring_from` chips on; a GPU's links all lead to one switch. `network` is the chip's
     share of what leaves the slice or the node, bytes/s one way. `kinds` are prefixes of JAX's
-    `device_kind`; `host` chips to a host (TPU), GPUs to a node.
+    `device_kind`; `host` chips to a host (TPU), GPUs to a node; `devices` that JAX sees in a chip.
     """
 
     name: str
@@ -38,15 +38,18 @@ class Chip:
     dimensions: int = 0
     ring_from: int = 0
     host: int = 8
+    devices: int = 1
 
 
-def _tpu(name, kinds, tflops, gib, gbps, bidirectional, dims, ring, network_gbit, page, host=4):
+def _tpu(
+    name, kinds, tflops, gib, gbps, bidirectional, dims, ring, network_gbit, page, host=4, devices=1
+):
     """A TPU as its page has it: ICI in GB/s a chip over all links and both directions."""
     links = 2 * dims
     return Chip(
         name=name, platform="tpu", kinds=kinds, peak_bf16=tflops * 1e12, hbm=gib * GIB,
         hbm_bandwidth=gbps * 1e9, links=links, link_bandwidth=bidirectional * 1e9 / 2 / links,
-        network=network_gbit / 8 * 1e9, dimensions=dims, ring_from=ring, host=host,
+        network=network_gbit / 8 * 1e9, dimensions=dims, ring_from=ring, host=host, devices=devices,
         source=_TPU + page,
     )  # fmt: skip
 
@@ -67,7 +70,7 @@ CHIPS = (
     _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197, 16, 819, 400, 2, 16, 25, "v5e", host=8),
     _tpu("v5p", ("TPU v5p", "TPU v5"), 459, 95, 2765, 1200, 3, 4, 50, "v5p"),
     _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918, 32, 1638, 800, 2, 16, 100, "v6e", host=8),
-    _tpu("v7x", ("TPU v7", "TPU7x"), 2307, 192, 7380, 1200, 3, 4, 100, "tpu7x"),
+    _tpu("v7x", ("TPU v7", "TPU7x"), 2307, 192, 7380, 1200, 3, 4, 100, "tpu7x", devices=2),
     _gpu("a100-40g", ("NVIDIA A100-SXM4-40GB",), 312, 40, 1.555, 600, 200, "a100/"),
     _gpu("a100", ("NVIDIA A100",), 312, 80, 2.039, 600, 200, "a100/"),
     # The PCIe card's figures are those of NVIDIA's H100 data sheet; 3 NVLink bridges.

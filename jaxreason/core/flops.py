@@ -16,5 +16,5 @@ def peak_flops(device: Any = None) -> float | None:
     """Dense bfloat16 FLOP/s of one device; None where it is not known (CPUs)."""
     kind = (device or jax.devices()[0]).device_kind
     if (chip := chip_of_kind(kind)) is not None:
-        return chip.peak_bf16
+        return chip.peak_bf16 / chip.devices
     return next((peak for name, peak in PEAK_ALONE.items() if kind.startswith(name)), None)

@@ -75,8 +75,11 @@ class DataConfig:
         return [(source_for_path(p.path) if p.path else p.source, p.weight) for p in parts]
 
 
-def check(cfg: DataConfig, process_count: int) -> None:
-    """Raises UserError where the fields of `cfg` contradict one another or are out of range."""
+def check(cfg: DataConfig, process_count: int = 1) -> None:
+    """Raises UserError where the fields of `cfg` contradict one another or are out of range.
+
+    `process_count` is how many hosts read different rows; the mesh decides (core.mesh.host_rows).
+    """
     if cfg.mixture and cfg.path:
         raise UserError(
             f"data.path={cfg.path!r} beside data.mixture, expected one of them; "

@@ -142,6 +142,11 @@ class ModelConfig:
             )
 
 
+def on_any_device(cfg: ModelConfig) -> ModelConfig:
+    """The same model with the forms of its parts chosen anew where it runs."""
+    return dataclasses.replace(cfg, **{name: "auto" for name in FORMS if name != "remat"})
+
+
 def shape_of(cfg: ModelConfig) -> dict[str, Any]:
     """The settings that a checkpoint is known by, as plain values: all but the forms."""
     fields = dataclasses.asdict(cfg)

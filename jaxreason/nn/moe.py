@@ -33,7 +33,8 @@ class Moe:
     tokens or experts, elsewhere grouped, and dense on a CPU."""
     capacity_factor: float = 0.0
     """Room for tokens between two devices of the expert axis, over that of even routing (Switch
-    Transformer, arXiv 2101.03961: 1 to 2). 0 has room for all: none is dropped."""
+    Transformer, arXiv 2101.03961: 1 to 2). 0 has room for all: none is dropped. Padding takes
+    room like any token."""
 
     def validate(self) -> None:
         """Raises UserError for numbers that do not fit together."""

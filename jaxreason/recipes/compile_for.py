@@ -29,6 +29,7 @@ from jaxreason.recipes.program import Program, check_rows, describe
 from jaxreason.recipes.teacher import open_teacher, teacher_of_shape
 from jaxreason.train import aot, aot_table
 from jaxreason.train.aot import Compiled
+from jaxreason.train.manifest import atomic_write
 from jaxreason.train.optim import make_optimiser
 
 EXIT_OUT_OF_MEMORY = 3
@@ -107,7 +108,7 @@ def program_for(cfg: PretrainConfig, devices: Sequence[Any]) -> Program:
     The teacher is the one of teacher.path where that is at hand, else it has teacher.shape. It runs
     in every step: what `teacher.cache_dir` would spare a later run is not looked at.
     """
-    data.check(cfg.data, len({device.process_index for device in devices}))
+    data.check(cfg.data)
     mesh = make_mesh(cfg.mesh, devices)
     check_rows(cfg, mesh)
     cfg = dataclasses.replace(cfg, model=init_shape(cfg.init, cfg.model))
@@ -216,10 +217,8 @@ def run(cfg: PretrainConfig, where: str, *, json_path: str = "") -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)
-        part.replace(path)
+        atomic_write(epath.Path(path), text)
     except OSError as error:
         raise UserError(f"--json={path}: {error.strerror}; choose another file") from error

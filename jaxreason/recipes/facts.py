@@ -24,7 +24,7 @@ from jaxreason.train.hosts import any_host, meet
 SAME = ("corpus_sha256", "plan_sha256", "tokenizer", "teacher_step")
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of this checkout; of a copy without git, what its launcher says."""
     here = Path(jaxreason.__file__).parent
     try:
@@ -46,7 +46,7 @@ def collect(built: Any, command: str) -> dict[str, Any]:
     tables = [specs[name] for name in ("embed", "unembed") if name in specs]
     facts = {
         "command": command,
-        "commit": _commit(),
+        "commit": commit(),
         "version": jaxreason.__version__,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},

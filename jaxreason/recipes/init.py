@@ -96,7 +96,7 @@ def _merge(wanted: ModelConfig, source: ModelConfig, where: str) -> ModelConfig:
             f"model.{name} is {ours[name]!r}, {where} has {theirs[name]!r}; leave `model` at its "
             "defaults to take the shape of the model that training starts from"
         )
-    return shape
+    return dataclasses.replace(shape, moe=wanted.moe)  # With its losses, form and capacity.
 
 
 def _same(ours: Tokenizer | None, theirs: Tokenizer) -> bool:

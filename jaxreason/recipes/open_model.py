@@ -29,12 +29,9 @@ from jaxreason.models.decoder import ModelConfig
 from jaxreason.models.hf import Load, inspect_hf, shardings_of
 from jaxreason.models.hf_text import TRAVEL, eos_of, template_of
 from jaxreason.models.model import Model
-from jaxreason.models.model_config import FORMS
+from jaxreason.models.model_config import on_any_device
 from jaxreason.models.own_text import files_of
 from jaxreason.train import load, manifest
-
-# The forms of a model's parts are this device's: it may come from another kind.
-_ANY_DEVICE = {name: "auto" for name in FORMS if name != "remat"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +124,7 @@ def _inspect_ours(root: epath.Path, step: int | None) -> tuple[Model, Load]:
         raise UserError(f"{folder} is damaged: {error}; put back a good copy") from None
     meta = manifest.read_meta(folder)
     facts = {"source": str(root), "step": meta["step"], "format": "jaxreason"}
-    cfg = dataclasses.replace(saved.model, **_ANY_DEVICE)
+    cfg = on_any_device(saved.model)
     if isinstance(saved, ConvertedModel):
         tokenizer = _stored_tokenizer(saved.tokenizer, folder)
         files = _files(folder / "tokenizer")

@@ -175,7 +175,7 @@ class Built(Program):
 
 def build(cfg: PretrainConfig) -> Built:
     """Opens the data, the teacher and the mesh, and describes the state; trains nothing."""
-    data.check(cfg.data, jax.process_count())
+    data.check(cfg.data)
     mesh = make_mesh(cfg.mesh)
     check_rows(cfg, mesh)
     check_hosts_rows(mesh, cfg.data.batch_size)
@@ -206,7 +206,9 @@ def build(cfg: PretrainConfig) -> Built:
         phase.objective.check_batch(train_data.batch(0))
     create = make_create(specs, phases, cfg.run.seed)
     initialise = jax.jit(create, out_shardings=program.shardings, donate_argnums=0)
-    described: dict[str, Any] = vars(program) | {"phases": phases}
+    names = [field.name for field in dataclasses.fields(program)]
+    described: dict[str, Any] = {name: getattr(program, name) for name in names}
+    described["phases"] = phases
     return Built(
         **described,
         train_data=train_data,

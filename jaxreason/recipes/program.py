@@ -113,8 +113,8 @@ class Program:
         The state is read once and written once. In every micro-batch a pass reads the weights that
         it multiplies with, gathered, in the compute precision: forward, backward, and forward again
         under remat; the teacher's forward reads its own. What the backward pass keeps is written
-        and read: a layer's input under remat=full, else its products too. Reconstructed from the
-        shapes; nothing is taken from the compiler.
+        and read: a layer's input under remat=full, attention's output too under remat=attention,
+        else all products. Reconstructed from the shapes; nothing is taken from the compiler.
         """
         model, mesh = self.model, self.mesh.shape
         width = jnp.dtype(self.dtype).itemsize
@@ -125,7 +125,9 @@ class Program:
         if phase.frozen and self.teacher:
             weights += _multiplied(self.teacher.abstract, mesh, without=("embed", "unembed"))
         kept = model.d_model
-        if model.remat != "full":
+        if model.remat == "attention":
+            kept += model.num_heads * model.head_width / mesh["tensor"]
+        elif model.remat != "full":
             heads = (2 * model.num_heads + 2 * model.kv_heads) * model.head_width
             kept += (heads + model.d_model + 2 * model.d_ff) / mesh["tensor"]
         rows = self.tokens * mesh["tensor"] / self.mesh.size

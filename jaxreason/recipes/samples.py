@@ -1,6 +1,5 @@
 """What a trained model writes: greedy continuations of held-out text, for the run's report."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,8 +7,9 @@ from etils import epath
 
 from jaxreason.data.pipeline import Dataset
 from jaxreason.models.model import Model
-from jaxreason.models.model_config import FORMS, ModelConfig
+from jaxreason.models.model_config import ModelConfig, on_any_device
 from jaxreason.rollout import GREEDY, generate
+from jaxreason.train.manifest import atomic_write
 from jaxreason.train.report import SAMPLE_SEPARATOR
 
 MARK = "▸"
@@ -44,17 +44,22 @@ def write_samples(
       new_tokens: most tokens of a continuation.
 
     Returns:
-      The texts; none, and nothing is written, on several devices or hosts.
+      The texts; none, and nothing is written, on several devices or hosts, and for a model with
+      too few learned positions.
     """
     if jax.process_count() > 1 or any(len(leaf.devices()) > 1 for leaf in jax.tree.leaves(params)):
         return []
+    if config.positions == "learned":
+        new_tokens = min(new_tokens, config.max_positions - prompt_tokens)
+        if new_tokens < 1:
+            return []
     batch = held_out.batch(0)
     whole = (batch["segment_ids"][:, :prompt_tokens] == 1).all(axis=1)
     prompts = [list(map(int, row)) for row in batch["tokens"][whole][:count, :prompt_tokens]]
     tokenizer = held_out.tokenizer
     model = Model(
         params=params,
-        config=dataclasses.replace(config, **{n: "auto" for n in FORMS if n != "remat"}),
+        config=on_any_device(config),
         tokenizer=tokenizer,
         eos_ids=(tokenizer.eos_id,),
         dtype=dtype,
@@ -66,7 +71,5 @@ def write_samples(
     ]
     if texts:
         file = epath.Path(directory) / "samples.txt"
-        temporary = file.parent / f".{file.name}.tmp"
-        temporary.write_text(SAMPLE_SEPARATOR.join(texts))
-        temporary.replace(file)
+        atomic_write(file, SAMPLE_SEPARATOR.join(texts))
     return texts

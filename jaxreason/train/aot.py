@@ -7,6 +7,7 @@ reach; no run has been made.
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,7 @@ class Memory:
     """Bytes a device: what a step is given, holds meanwhile and returns.
 
     `aliased` output lies where a donated argument lay. `peak` is what must fit into `limit`, the
-    memory that the chip has.
+    memory of the chip that JAX takes (GPUs: three quarters, or XLA_PYTHON_CLIENT_MEM_FRACTION).
     """
 
     arguments: float
@@ -98,7 +99,7 @@ def compile_step(
     lowered = step.lower(*arguments)
     middle = time.perf_counter()
     share = mesh.size / _chips(target)
-    limit = target.chip.hbm / share
+    limit = target.chip.hbm * _usable(target.chip) / share
     common: dict[str, Any] = {
         "phase": name, "seconds_lower": middle - begin, **dataclasses.asdict(work)
     }  # fmt: skip
@@ -145,6 +146,13 @@ def compile_step(
         bound=bound(work, found, target, mesh),
         out_of_memory=over,
     )
+
+
+def _usable(chip: Chip) -> float:
+    """The part of a chip's memory that JAX takes: on GPUs its allocator's share."""
+    if chip.platform != "gpu":
+        return 1.0
+    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
 
 
 def _chips(target: Target) -> int:

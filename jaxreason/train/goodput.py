@@ -27,14 +27,14 @@ otherwise.
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from jaxreason.train.log import is_primary
+from jaxreason.train.log import is_local, is_primary
+from jaxreason.train.manifest import atomic_write
 from jaxreason.train.progress import duration
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class GoodputLog:
         self.error: OSError | None = None  # The first one met.
         self._clock = clock
         self.primary = is_primary() if primary is None else primary
-        self._appends = _is_local(self.path)
+        self._appends = is_local(self.path)
         self._every_s = every_s if every_s is not None else 10.0 if self._appends else 60.0
         self._last = time.monotonic()
         self._text = ""  # In a bucket: the whole file.
@@ -134,14 +134,8 @@ class GoodputLog:
                 file.write(line.encode())
         else:
             self._text += line
-            temporary = self.path.parent / f".{self.path.name}.tmp"
-            temporary.write_text(self._text)
-            temporary.replace(self.path)
+            atomic_write(self.path, self._text)
         self._last = time.monotonic()
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from typing import Any
 from etils import epath
 
 from jaxreason.core.errors import UserError
+from jaxreason.train.manifest import atomic_write
 
 FILE_NAME = "metrics.jsonl"
 KINDS = ("train", "eval", "event")
@@ -59,7 +60,7 @@ class MetricsLog:
     ):
         self.path = epath.Path(run_dir) / FILE_NAME
         self._primary = is_primary() if primary is None else primary
-        self._appends = _is_local(self.path)
+        self._appends = is_local(self.path)
         self._bucket_flush_s = bucket_flush_s
         self._fd: int | None = None
         self._last: dict[str, int] = {}
@@ -135,7 +136,7 @@ class MetricsLog:
         if self._fd is not None:
             os.fsync(self._fd)
         if not self._appends:
-            _replace(self.path, "".join(self._lines))
+            atomic_write(self.path, "".join(self._lines))
             self._flushed = time.monotonic()
 
     def close(self) -> None:
@@ -158,7 +159,7 @@ class MetricsLog:
         new = "".join(line + "\n" for line, _ in kept)
         if new != text:
             self._close_fd()
-            _replace(self.path, new)
+            atomic_write(self.path, new)
         self._last = {row["kind"]: row["step"] for _, row in kept}
         self._events = {_event(row) for _, row in kept if row["kind"] == "event"}
         if not self._appends:
@@ -230,15 +231,6 @@ def _plain(value: Any) -> float | int | bool | str:
     return number if math.isfinite(number) else str(number)
 
 
-def _is_local(path: epath.Path) -> bool:
+def is_local(path: epath.Path) -> bool:
+    """Whether a path is of this machine's disks, not of a bucket."""
     return "://" not in os.fspath(path)
-
-
-def _replace(path: epath.Path, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new, never a part."""
-    temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(text)
-    if _is_local(path):
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-    temporary.replace(path)

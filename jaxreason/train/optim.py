@@ -19,7 +19,8 @@ class OptimConfig:
     """Optimiser and schedule."""
 
     name: Literal["adamw", "muon", "sgd"] = "adamw"
-    """adamw; muon for the blocks' matrices with adamw for the rest; plain sgd, without moments."""
+    """adamw; muon for the blocks' matrices with adamw for the rest; plain sgd, without moments,
+    whose decay is scaled by the learning rate too."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     muon_learning_rate: float = 0.02
@@ -112,7 +113,8 @@ def make_optimiser(cfg: OptimConfig, specs, steps: int) -> optax.GradientTransfo
         )
 
     if cfg.name == "sgd":
-        return optax.sgd(schedule)
+        decay = optax.add_decayed_weights(cfg.weight_decay, _decayed(specs))
+        return optax.chain(decay, optax.sgd(schedule))
     if cfg.name == "adamw":
         return adamw(_decayed(specs))
     dimensions, decayed = _muon_dimensions(specs), _decayed(specs)

@@ -47,6 +47,8 @@ def test_a_device_is_found_by_its_kind(kind, name):
 def test_peaks_of_chips_without_a_mesh_and_of_none():
     assert flops.peak_flops(types.SimpleNamespace(device_kind="Tesla T4")) == 65e12
     assert flops.peak_flops(types.SimpleNamespace(device_kind="cpu")) is None
+    # Two devices a chip: MFU divides by the peak of all devices together.
+    assert flops.peak_flops(types.SimpleNamespace(device_kind="TPU7x")) == 2307e12 / 2
 
 
 def test_a_target_is_read_and_written_back():

@@ -2,7 +2,8 @@
 
 import math
 
-from jaxreason.train import aot_memory
+from jaxreason.core import chips
+from jaxreason.train import aot, aot_memory
 from jaxreason.train.aot_memory import Buffer
 
 # Captured from libtpu 0.0.52.
@@ -98,3 +99,11 @@ def test_the_largest_arrays_of_a_module():
     largest = aot_memory.largest(MODULE)
     # Not the body of the fusion, whose arrays are never in memory.
     assert [(b.shape, b.bytes) for b in largest] == [("f32[2,128,2048,4096]", 2**31 * 4)]
+
+
+def test_what_jax_takes_of_a_chips_memory(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    usable = {name: aot._usable(chips.NAMES[name]) for name in ("v5p", "h100")}
+    assert usable == {"v5p": 1.0, "h100": 0.75}
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".92")
+    assert aot._usable(chips.NAMES["h100"]) == 0.92

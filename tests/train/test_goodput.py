@@ -115,7 +115,7 @@ def test_a_torn_line_and_rubbish_cost_no_more_than_themselves(tmp_path):
 
 
 def test_a_bucket_s_file_is_replaced_whole_and_grows(tmp_path, monkeypatch):
-    monkeypatch.setattr(goodput, "_is_local", lambda path: False)
+    monkeypatch.setattr(goodput, "is_local", lambda path: False)
     Attempt(tmp_path, 0, 0).spend(compute=10).lap(1)
     Attempt(tmp_path, 20, 1).spend(compute=10).lap(2)
     assert read(tmp_path).seconds == {"compute": 20, "down": 10}

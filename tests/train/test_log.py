@@ -65,7 +65,7 @@ def test_values_are_valid_json_and_come_back(tmp_path):
 @pytest.mark.parametrize("torn", ["", '{"step": 11, "ki', '{"step": 11, "kind": "train"}\0\0'])
 def test_resumed_file_equals_straight_file(tmp_path, monkeypatch, bucket, torn):
     if bucket:
-        monkeypatch.setattr(log_lib, "_is_local", lambda path: False)
+        monkeypatch.setattr(log_lib, "is_local", lambda path: False)
     with MetricsLog(tmp_path / "straight") as log:
         fill(log, 0, 20)
     with MetricsLog(tmp_path / "resumed") as log:
@@ -136,7 +136,7 @@ def test_rows_of_an_older_run_are_refused(tmp_path):
 
 
 def test_bucket_is_written_at_flush_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(log_lib, "_is_local", lambda path: False)
+    monkeypatch.setattr(log_lib, "is_local", lambda path: False)
     log = MetricsLog(tmp_path, bucket_flush_s=1e9)
     log.write(1, "train", loss=1.0)
     assert read_metrics(tmp_path) == []

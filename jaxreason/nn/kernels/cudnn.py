@@ -49,7 +49,11 @@ def attention(
     if why:
         raise UserError(f"the cudnn attention {why}")
     t, s = q_bthk.shape[1], k_bsgk.shape[1]
-    causal = mask.in_row_order and sequence_parts(q_bthk) == 1
+    # A bias in training needs even lengths. First of all: what is cut is the padded row.
+    if t % 2 or s % 2:
+        mask = mask.longer(t % 2, s % 2)
+        q_bthk, k_bsgk, v_bsgk = (pad_rows(x, x.shape[1] % 2) for x in (q_bthk, k_bsgk, v_bsgk))
+    causal = mask.in_row_order and sequence_parts(q_bthk.shape[1]) == 1
     window = mask.window if causal else None
 
     def run(q, k, v, mask, _):
@@ -61,10 +65,6 @@ def attention(
             implementation="cudnn",
         )  # fmt: skip
 
-    # A bias in training needs even lengths.
-    if t % 2 or s % 2:
-        mask = mask.longer(t % 2, s % 2)
-        q_bthk, k_bsgk, v_bsgk = (pad_rows(x, x.shape[1] % 2) for x in (q_bthk, k_bsgk, v_bsgk))
     return per_device(run, q_bthk, k_bsgk, v_bsgk, mask)[:, :t]
 
 

@@ -14,17 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxreason.core.mesh import activation_spec
+from jaxreason.core.mesh import activation_spec, parts
 from jaxreason.nn.mask import Mask
 
 # f(q, k, v, mask, shared) -> o, on one device's part.
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, Mask, Any], jax.Array]
 
 
-def sequence_parts(q_bthk: jax.Array) -> int:
-    """Into how many parts `per_device` cuts the queries along T."""
-    mesh = _mesh()
-    return 1 if mesh is None else _size(mesh, _parts("seq", q_bthk.shape[1]))
+def sequence_parts(length: int) -> int:
+    """Into how many parts `per_device` cuts queries [B,T,H,K] of that T."""
+    return 1 if _mesh() is None else parts("seq", length)
 
 
 def per_device(
@@ -49,10 +48,10 @@ def per_device(
     q_spec = activation_spec("batch", "seq", "heads", None, shape=q_bthk.shape)
     rows, seq, heads, _ = q_spec
     groups = k_bsgk.shape[2]
-    repeats = math.lcm(groups, _size(mesh, heads)) // groups
+    repeats = math.lcm(groups, parts("heads", q_bthk.shape[2])) // groups
     if repeats > 1:
         k_bsgk, v_bsgk = (jnp.repeat(x, repeats, axis=2) for x in (k_bsgk, v_bsgk))
-    kv_seq = _parts("seq", k_bsgk.shape[1])
+    kv_seq = activation_spec("seq", shape=k_bsgk.shape[1:2])[0]
     kv_spec = PartitionSpec(rows, kv_seq, heads, None)
     of_q, of_kv = PartitionSpec(rows, seq), PartitionSpec(rows, None)
     mask = dataclasses.replace(mask, bias=None)
@@ -85,14 +84,3 @@ def _mesh():
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return None
     return mesh
-
-
-def _parts(axis: str, size: int):
-    """The mesh axes that cut a logical axis, or None."""
-    return activation_spec(axis, shape=(size,))[0]
-
-
-def _size(mesh, entry) -> int:
-    """How many parts an entry of a PartitionSpec (None, an axis, several) makes."""
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    return math.prod(mesh.shape[name] for name in names)

@@ -43,8 +43,9 @@ def attention(
             "positions of their own (a cache); set model.attention to blocked or reference"
         )
     t, width = q_bthk.shape[1], q_bthk.shape[3]
-    parts = sequence_parts(q_bthk)
-    # The tokens added to fill a block see each other: a softmax over nothing would be 0/0.
+    # What is cut is the padded row. The tokens added to fill a block see each other: a softmax over
+    # nothing would be 0/0.
+    parts = sequence_parts(t + -t % LANES)
     extra = -t % (parts * LANES)
     q, k, v = (pad_rows(x, extra) for x in (q_bthk * width**-0.5, k_btgk, v_btgk))
     mask = mask.longer(extra, extra) if extra else mask
