@@ -57,7 +57,7 @@ def main() -> None:
         {"model": P.initialise(specs, jax.random.key(0))}, [phase]
     )
 
-    def forward(params, batch, capture):
+    def forward(params, batch, capture, key=None):
         return decoder.forward(params["model"], cfg, batch, dtype=as_dtype(dtype), capture=capture)
 
     step = jax.jit(

@@ -15,7 +15,8 @@ class Outputs:
     the matrix that turns `final` into logits (by chunks: they are never held whole), `soft_cap`
     bounds logits as `cap * tanh(logits / cap)`, `aux` holds what layers returned besides, with a
     leading layer axis. `cache` is the updated key-value cache of a decoding forward. `kernels` says
-    for which platform's compiler the products with `unembed` are written (`xla` or `cpu`).
+    for which platform's compiler the products with `unembed` are written (`xla` or `cpu`). `depth`
+    holds what a wrap around the layers returned (nn.layer_wrap), with a leading layer axis.
     """
 
     final: jax.Array
@@ -25,3 +26,4 @@ class Outputs:
     kernels: str = flax.struct.field(pytree_node=False, default="xla")
     aux: Any = None
     cache: Any = None
+    depth: Any = None

@@ -17,6 +17,7 @@ from jaxreason.nn import kv_cache, rope, stack
 from jaxreason.nn.attention import attention, check_platform, choose_backend, make_mask
 from jaxreason.nn.cached_attention import attend_to_cache
 from jaxreason.nn.kernels import decode
+from jaxreason.nn.layer_wrap import LayerWrap
 from jaxreason.nn.linear import add_bias, linear, resolve_kernels
 from jaxreason.nn.mlp import mlp, mlp_specs
 from jaxreason.nn.moe import moe, moe_specs
@@ -143,6 +144,24 @@ def _block(cfg: ModelConfig, rotary, attend, p, x_btd: jax.Array, layer):
     return stream(after("mlp_norm", x_btd + y)), (cache, routed)
 
 
+def _wrapped(block, wrap: LayerWrap | None):
+    """`block` as `wrap` runs it: `layer` holds (cache, extra), and aux what the wrap returned."""
+
+    def run_plain(attend, p, x_btd, layer):
+        x_btd, (cache, routed) = block(attend, p, x_btd, layer[0])
+        return x_btd, (cache, routed, ())
+
+    def run_wrapped(attend, p, x_btd, layer):
+        def run(x_btd, cache):
+            x_btd, (cache, routed) = block(attend, p, x_btd, cache)
+            return x_btd, cache, routed
+
+        x_btd, cache, routed, aux = wrap.apply(run, x_btd, *layer)
+        return x_btd, (cache, routed, aux)
+
+    return run_plain if wrap is None else run_wrapped
+
+
 def _attend_to_batch(cfg: ModelConfig, window, positions, segments, dtype):
     mask = make_mask(
         q_positions=positions, kv_positions=positions, q_segments=segments, kv_segments=segments,
@@ -242,6 +261,7 @@ def forward(
     capture: tuple[int, ...] = (),
     cache: kv_cache.KVCache | kv_cache.BranchCache | None = None,
     cache_is_empty: bool = False,
+    wrap: LayerWrap | None = None,
 ) -> Outputs:
     """Runs the decoder over `batch["tokens"]` [B,T] (or `inputs_embeds` [B,T,E]).
 
@@ -252,14 +272,15 @@ def forward(
     which makes reading a prompt cheaper. `capture` names residual streams to return: 0 what
     enters the first block, k after block k. `final` is what the unembedding reads, [B,T,E] behind
     OPT-350m's projection. With experts, `aux` has `router_logits` [L,B,T,n] and `experts`
-    [L,B,T,k] of every layer.
+    [L,B,T,k] of every layer. `wrap` runs in place of every block; what it returns is `depth`.
     """
     cfg = resolve(cfg, dtype=dtype, seq_len=batch["positions"].shape[1])
     params = cast(params, dtype)
     x = _embed(cfg, params, batch, dtype)
-    block = functools.partial(_block, cfg, _rotary_tables(cfg, batch["positions"]))
+    block = _wrapped(functools.partial(_block, cfg, _rotary_tables(cfg, batch["positions"])), wrap)
     run = functools.partial(_run_cache, empty=cache_is_empty) if cache is not None else _run_batch
-    x, captured, routed, cache = run(cfg, params, block, x, batch, capture, cache)
+    extra = () if wrap is None else wrap.per_layer
+    x, captured, routed, depth, cache = run(cfg, params, block, x, batch, capture, cache, extra)
     if cfg.final_norm:
         x = norm(cfg.norm, x, params["final_norm"], cfg.norm_eps, cfg.kernels)
     if cfg.token_width != cfg.d_model:
@@ -268,11 +289,17 @@ def forward(
     tied = cfg.tie_embeddings and "unembed" not in params
     unembed = params["embed"].T.astype(dtype) if tied else params["unembed"]
     aux = routed if cfg.moe is not None else None
-    return Outputs(x, captured, unembed, cfg.logit_soft_cap, cfg.kernels, aux=aux, cache=cache)
+    return Outputs(
+        x, captured, unembed, cfg.logit_soft_cap, cfg.kernels, aux=aux, cache=cache,
+        depth=None if wrap is None else depth,
+    )  # fmt: skip
 
 
-def _run_batch(cfg: ModelConfig, params, block, x, batch, capture, _):
-    """The blocks over whole rows, scanned or unrolled: (x, captured, router's aux, no cache)."""
+def _run_batch(cfg: ModelConfig, params, block, x, batch, capture, _, extra):
+    """The blocks over whole rows, scanned or unrolled.
+
+    Returns (x, captured, router's aux, wrap's aux, no cache).
+    """
     positions, segments = batch["positions"], batch["segment_ids"]
     sizes = [n for _, n in cfg.spans]
     blocks = params["blocks"]
@@ -283,17 +310,21 @@ def _run_batch(cfg: ModelConfig, params, block, x, batch, capture, _):
         for window, n in cfg.spans
     ]
     x, captured, auxes = stack.run_stack(
-        runs, stack.cut(blocks, sizes), x, [()] * len(sizes),
+        runs, stack.cut(blocks, sizes), x, [((), part) for part in stack.cut_stacked(extra, sizes)],
         capture=capture, mode=cfg.layers, remat=cfg.remat,
     )  # fmt: skip
-    routed = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(aux[1] for aux in auxes))
-    return x, captured, routed, None
+    routed, depth = (_joined(jnp.concatenate, [aux[i] for aux in auxes]) for i in (1, 2))
+    return x, captured, routed, depth, None
 
 
-def _run_cache(cfg: ModelConfig, params, block, x, batch, capture, cache, empty: bool):
-    """The blocks over new tokens of a cache, unrolled: (x, captured, router's aux, new cache)."""
-    blocks, layers, routed = unstack(params)["blocks"], [], []
+def _run_cache(cfg: ModelConfig, params, block, x, batch, capture, cache, extra, *, empty: bool):
+    """The blocks over new tokens of a cache, unrolled.
+
+    Returns (x, captured, router's aux, wrap's aux, new cache).
+    """
+    blocks, layers, routed, depth = unstack(params)["blocks"], [], [], []
     captured, written = {0: x} if 0 in capture else {}, None
+    extras = stack.unstack(extra, cfg.num_layers)
     for window, n in cfg.spans:
         attend, written = attend_to_cache(
             cache, batch["positions"], batch["segment_ids"],
@@ -301,13 +332,19 @@ def _run_cache(cfg: ModelConfig, params, block, x, batch, capture, cache, empty:
         )  # fmt: skip
         for _ in range(n):
             i = len(layers)
-            x, (layer, aux) = block(attend, blocks[i], x, cache.layer(i))
+            x, (layer, aux, own) = block(attend, blocks[i], x, (cache.layer(i), extras[i]))
             layers.append(layer)
             routed.append(aux)
+            depth.append(own)
             if i + 1 in capture:
                 captured[i + 1] = x
-    routed = jax.tree.map(lambda *parts: jnp.stack(parts), *routed)
-    return x, captured, routed, cache.replace_layers(layers).advance(written)
+    cache = cache.replace_layers(layers).advance(written)
+    return x, captured, _joined(jnp.stack, routed), _joined(jnp.stack, depth), cache
+
+
+def _joined(join, parts):
+    """Trees of arrays, joined leaf by leaf along the layer axis."""
+    return jax.tree.map(lambda *leaves: join(leaves), *parts)
 
 
 def logits(outputs: Outputs) -> jax.Array:

@@ -67,13 +67,21 @@ def run_stack(
 
 def cut(layers, sizes: Sequence[int]) -> list:
     """A stacked tree, or a tuple of layers, as one for each segment of `sizes` layers."""
+    if isinstance(layers, tuple) and len(sizes) > 1:
+        return [layers[s] for s in _slices(sizes)]
+    return cut_stacked(layers, sizes)
+
+
+def cut_stacked(tree, sizes: Sequence[int]) -> list:
+    """A tree with a leading layer axis as one for each segment of `sizes` layers."""
     if len(sizes) == 1:
-        return [layers]
-    ends = list(itertools.accumulate(sizes))
-    slices = [slice(end - n, end) for end, n in zip(ends, sizes, strict=True)]
-    if isinstance(layers, tuple):
-        return [layers[s] for s in slices]
-    return [jax.tree.map(lambda leaf, s=s: leaf[s], layers) for s in slices]
+        return [tree]
+    return [jax.tree.map(lambda leaf, s=s: leaf[s], tree) for s in _slices(sizes)]
+
+
+def _slices(sizes: Sequence[int]) -> list[slice]:
+    ends = itertools.accumulate(sizes)
+    return [slice(end - n, end) for end, n in zip(ends, sizes, strict=True)]
 
 
 def unstack(tree, n: int) -> list:

@@ -46,7 +46,7 @@ BATCH = {
 class Program:
     """A run's phases on a mesh, and the state that they map; `cfg` is resolved."""
 
-    cfg: "PretrainConfig"
+    cfg: Any
     model: ModelConfig
     mesh: Any
     shardings: state_lib.TrainState
@@ -61,7 +61,7 @@ class Program:
         """The compute dtype."""
         return as_dtype(self.cfg.compute_dtype)
 
-    def forward(self, params, batch: Mapping[str, Any], capture: tuple[int, ...] = ()):
+    def forward(self, params, batch: Mapping[str, Any], capture: tuple[int, ...] = (), key=None):
         """The trained model on a batch."""
         return decoder.forward(
             params["model"], self.model, batch, dtype=self.dtype, capture=capture
@@ -148,7 +148,7 @@ def _multiplied(params, mesh, without: tuple[str, ...] = ("embed",)) -> float:
     return total
 
 
-def check_rows(cfg: "PretrainConfig", mesh) -> None:
+def check_rows(cfg: Any, mesh) -> None:
     """Raises UserError unless every micro-batch gives each device the same number of rows."""
     rows = batch_shards(mesh) * cfg.train.accumulate
     if cfg.data.batch_size % rows:
@@ -158,15 +158,56 @@ def check_rows(cfg: "PretrainConfig", mesh) -> None:
         )
 
 
-def make_create(specs, phases: tuple[Phase, ...], seed: int):
-    """Returns `create(params=None)`: the state before the first step, its parameters drawn."""
+def make_create(specs: dict[str, Any], phases: tuple[Phase, ...], seed: int):
+    """Returns `create(params)`: the state before the first step.
+
+    `specs` are those of all trained groups by name; groups that `params` lacks are drawn.
+    """
     key = rng.named(rng.base_key(seed), "init")
 
-    def create(params=None):
-        params = P.initialise(specs, key) if params is None else params
-        return state_lib.create({"model": params}, phases)
+    def create(params: dict[str, Any]):
+        drawn = {g: P.initialise(tree, key) for g, tree in specs.items() if g not in params}
+        return state_lib.create(params | drawn, phases)
 
     return create
+
+
+def assemble(
+    cfg: Any,
+    mesh,
+    model: ModelConfig,
+    specs: dict[str, Any],
+    phases: tuple[Phase, ...],
+    teacher: Teacher | None = None,
+) -> Program:
+    """The programs of phases that train the groups of `specs`; `model` is resolved."""
+    abstract = jax.eval_shape(lambda: make_create(specs, phases, cfg.run.seed)({}))
+    lie = {group: param_shardings(tree, mesh) for group, tree in specs.items()}
+    shardings = state_lib.shardings(abstract, lie, mesh)
+    abstract = jax.tree.map(
+        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings
+    )
+    key = rng.named(rng.base_key(cfg.run.seed), "train")
+    return Program(cfg, model, mesh, shardings, phases, abstract, teacher, key)
+
+
+def resolve_model(cfg: Any, mesh) -> ModelConfig:
+    """The model's forms on a mesh's platform, for a resolved config.
+
+    Raises:
+      UserError: the rows are longer than the model's positions.
+    """
+    if cfg.model.positions == "learned" and cfg.data.seq_len > cfg.model.max_positions:
+        raise UserError(
+            f"data.seq_len is {cfg.data.seq_len}, the model has {cfg.model.max_positions} learned "
+            "positions; shorten the rows"
+        )
+    return decoder.resolve(
+        cfg.model,
+        mesh.devices.flat[0].platform,
+        dtype=as_dtype(cfg.compute_dtype),
+        seq_len=cfg.data.seq_len,
+    )
 
 
 def describe(
@@ -177,17 +218,7 @@ def describe(
     Raises:
       UserError: parts do not fit together, or the mesh does not divide the model.
     """
-    if cfg.model.positions == "learned" and cfg.data.seq_len > cfg.model.max_positions:
-        raise UserError(
-            f"data.seq_len is {cfg.data.seq_len}, the model has {cfg.model.max_positions} learned "
-            "positions; shorten the rows"
-        )
-    model = decoder.resolve(
-        cfg.model,
-        mesh.devices.flat[0].platform,
-        dtype=as_dtype(cfg.compute_dtype),
-        seq_len=cfg.data.seq_len,
-    )
+    model = resolve_model(cfg, mesh)
     specs = decoder.specs(model)
     check_divides(specs, mesh)
     phases = make_phases(
@@ -202,10 +233,4 @@ def describe(
         chunk=cfg.logit_chunk,
         moe=cfg.model.moe,
     )
-    abstract = jax.eval_shape(make_create(specs, phases, cfg.run.seed))
-    shardings = state_lib.shardings(abstract, {"model": param_shardings(specs, mesh)}, mesh)
-    abstract = jax.tree.map(
-        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings
-    )
-    key = rng.named(rng.base_key(cfg.run.seed), "train")
-    return Program(cfg, model, mesh, shardings, phases, abstract, teacher, key)
+    return assemble(cfg, mesh, model, {"model": specs}, phases, teacher)

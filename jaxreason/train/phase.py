@@ -10,16 +10,23 @@ from jaxreason.core.objective import Objective
 from jaxreason.core.outputs import Outputs
 
 
+# forward(params, batch, capture, key=None) -> Outputs; `params` holds all groups, `key` is the
+# step's and None outside training.
+Forward = Callable[..., Outputs]
+
+
 @dataclasses.dataclass(frozen=True)
 class FrozenModel:
     """A model that a phase reads and never trains, such as a teacher.
 
     `load()` puts its parameters on the devices when the phase begins; they are dropped when it
     ends. `apply(params, batch, capture) -> Outputs`. `forward_flops` a token, for the accounts.
+    Without `apply` it is a part of the trained model itself that stays as it is (the base under
+    adapters): the phase's forward sees its parameters as the group of its name.
     """
 
     load: Callable[[], Any]
-    apply: Callable[[Any, Mapping[str, Any], tuple[int, ...]], Outputs]
+    apply: Callable[[Any, Mapping[str, Any], tuple[int, ...]], Outputs] | None
     forward_flops: int = 0
 
 
@@ -29,6 +36,7 @@ class Phase:
 
     `optimisers` maps a top-level group of the parameters to its optimiser: those groups are
     trained, gradients run over them only, and no other group's optimiser state is touched.
+    `forward` is the phase's own, where the model runs otherwise than in the run's other phases.
     """
 
     name: str
@@ -36,6 +44,7 @@ class Phase:
     objective: Objective
     optimisers: Mapping[str, optax.GradientTransformation]
     frozen: Mapping[str, FrozenModel] = dataclasses.field(default_factory=dict)
+    forward: Forward | None = None
 
 
 def active(phases: Sequence[Phase], step: int) -> int:

@@ -1,18 +1,14 @@
 """One training step: denominators, micro-batches, gradient, clip, update, guard."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxreason.core.objective import weighted_total
-from jaxreason.core.outputs import Outputs
-from jaxreason.train.phase import Phase
+from jaxreason.train.phase import Forward, Phase
 from jaxreason.train.state import TrainState
-
-Forward = Callable[[dict[str, Any], Mapping[str, jax.Array], tuple[int, ...]], Outputs]
 
 
 def make_train_step(
@@ -20,12 +16,13 @@ def make_train_step(
 ) -> Callable:
     """Returns `train_step(state, frozen_params, batch) -> (state, metrics)`, to be jitted.
 
-    `forward(params, batch, capture)` sees all groups of the parameters. `accumulate` micro-batches
-    give the gradient of the whole batch, since every term is divided by the whole batch's
-    denominator. `clip_norm` bounds the gradient's norm over all trained groups; 0 does not.
+    `forward(params, batch, capture, key)` sees all groups of the parameters and the step's key; a
+    phase's own forward goes before it. `accumulate` micro-batches give the gradient of the whole
+    batch, since every term is divided by the whole batch's denominator. `clip_norm` bounds the
+    gradient's norm over all trained groups; 0 does not.
     A step whose gradient or loss is not finite changes nothing but the counters.
     """
-    objective = phase.objective
+    objective, forward = phase.objective, phase.forward or forward
 
     def train_step(state: TrainState, frozen_params, batch):
         denominators = objective.denominators(batch)
@@ -36,8 +33,11 @@ def make_train_step(
             frozen = {
                 name: model.apply(frozen_params[name], micro, objective.frozen_captures[name])
                 for name, model in phase.frozen.items()
+                if model.apply is not None
             }
-            outputs = forward({**state.params, **trained}, micro, objective.captures)
+            still = {n: frozen_params[n] for n, model in phase.frozen.items() if not model.apply}
+            groups = {**still, **state.params, **trained}
+            outputs = forward(groups, micro, objective.captures, step_key)
             sums, metrics, update = objective.terms(
                 outputs, jax.lax.stop_gradient(frozen), micro, aux, step_key, state.step
             )

@@ -269,7 +269,7 @@ def train(moe_cfg, accumulate=1, steps=1):
     phase, = make_phases(
         NextToken(), steps=steps, optimiser=optax.sgd(0.5), student_layers=2, moe=moe_cfg
     )  # fmt: skip
-    forward = lambda p, b, c: decoder.forward(p["model"], cfg, b, capture=c)  # noqa: E731
+    forward = lambda p, b, c, key: decoder.forward(p["model"], cfg, b, capture=c)  # noqa: E731
     params = P.initialise(decoder.specs(cfg), jax.random.key(0))
     state = state_lib.create({"model": params}, (phase,))
     step = jax.jit(make_train_step(forward, phase, key=jax.random.key(1), accumulate=accumulate))

@@ -44,7 +44,7 @@ def test_the_step_lowers(platform, method, optimiser):
     batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), whole)
     batch["loss_weights"] = jax.ShapeDtypeStruct((8, 16), jnp.float32)
 
-    def forward(params, batch, capture):
+    def forward(params, batch, capture, key=None):
         return decoder.forward(params["model"], cfg, batch, dtype=jnp.bfloat16, capture=capture)
 
     for phase in phases:

@@ -41,7 +41,7 @@ def make_batch(seed=0, b=8, t=8):
     }
 
 
-def forward(params, batch, capture):
+def forward(params, batch, capture, key=None):
     return decoder.forward(params["model"], CFG, batch, capture=capture)
 
 
