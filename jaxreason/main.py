@@ -45,12 +45,12 @@ def _start_jax() -> None:
 
 def _train(argv: Sequence[str]) -> int:
     from jaxreason import config
-    from jaxreason.recipes import pretrain
+    from jaxreason.recipes import recipes
 
-    recipes = {"pretrain": (pretrain.PretrainConfig, pretrain.run)}
+    modules = recipes()
     command = config.parse(
         argv,
-        recipes={name: root for name, (root, _) in recipes.items()},
+        recipes={module.__name__.rpartition(".")[2]: root for root, module in modules.items()},
         default="pretrain",
         flags=FLAGS,
     )
@@ -60,12 +60,17 @@ def _train(argv: Sequence[str]) -> int:
     if (target := command.flags["compile_for"]) is not None:
         from jaxreason.recipes import compile_for
 
+        if command.recipe != "pretrain":
+            raise UserError(
+                f"--compile_for compiles runs of pretraining, this config is of {command.recipe}; "
+                "leave the flag out"
+            )
         compilation_cache()
         return compile_for.run(command.config, target, json_path=command.flags["json"] or "")
     if command.flags["json"] is not None:
         raise UserError("--json is the report of --compile_for; give that too")
     _start_jax()
-    run = recipes[command.recipe or "pretrain"][1]
+    run = modules[type(command.config)].run
     report = run(command.config, command=shlex.join(["python", "-m", "jaxreason.main", *argv]))
     import jax
 

@@ -38,7 +38,9 @@ class TokenStore:
     offsets: np.ndarray
     """int64 [documents + 1]: document d is tokens[offsets[d] : offsets[d + 1]]."""
     utf8_bytes: int
-    """Size of the documents' text in UTF-8."""
+    """Size of the documents' text in UTF-8; of the learned text where only a part is learned."""
+    learned: np.ndarray | None = None
+    """bool [N]: tokens of completions, the only targets; None: every token is learned."""
 
 
 @dataclasses.dataclass(frozen=True)

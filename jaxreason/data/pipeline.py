@@ -65,8 +65,9 @@ class Dataset:
         """UTF-8 bytes of the split's documents for each target; nats a target / this = nats a byte.
 
         A document of n tokens has n targets: its tokens but the first, and the end of the sequence.
+        Where only completions are learned, both numbers are theirs.
         """
-        targets = sum(len(s.tokens) - (len(s.offsets) - 1) for s in self._stores)
+        targets = sum(_targets(s) for s in self._stores)
         return sum(s.utf8_bytes for s in self._stores) / max(targets, 1)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
@@ -76,6 +77,8 @@ class Dataset:
         float32. A segment is a span of one document; positions restart at 0 in each. Targets follow
         the document beyond the row's end; the weight is 0 only after a document's last token and in
         padding, where segment_ids is 0 and example_id -1. IndexError past a single pass's end.
+        Where only completions are learned the weight is 1 on targets of theirs alone, and
+        `prompt_mask` (float32) is 1 on the tokens of prompts.
         """
         if step < 0 or not (self._endless or step < self.num_batches):
             raise IndexError(f"batch {step} of {self.num_batches}")
@@ -87,6 +90,8 @@ class Dataset:
         out: dict[str, np.ndarray] = {name: np.zeros(size, np.int32) for name in names}
         out["loss_weights"] = np.zeros(size, np.float32)
         out["example_id"] = np.full(size, -1, np.int32)
+        if any(store.learned is not None for store in self._stores):
+            out["prompt_mask"] = np.zeros(size, np.float32)
         for source, places, spans in self._plan.spans(rows):
             store = self._stores[source]
             at = ranges(places[spans.row] * self._seq_len + spans.column, spans.length)
@@ -97,6 +102,9 @@ class Dataset:
             out["tokens"][at] = store.tokens[token]
             out["targets"][at] = np.where(goes_on, store.tokens[np.minimum(token + 1, last)], 0)
             out["loss_weights"][at] = goes_on
+            if store.learned is not None:
+                out["loss_weights"][at] *= store.learned[np.minimum(token + 1, last)]
+                out["prompt_mask"][at] = ~store.learned[token]
             out["positions"][at] = ranges(np.zeros_like(spans.length), spans.length)
             segment = np.arange(len(spans.row)) - first_of_row + 1
             out["segment_ids"][at] = np.repeat(segment, spans.length)
@@ -126,6 +134,12 @@ class Dataset:
             num_threads=min(_PREFETCH_THREADS, self._prefetch), prefetch_buffer_size=self._prefetch
         )
         yield from steps.map(lambda step: (step, self.batch(step))).to_iter_dataset(options)
+
+
+def _targets(store: TokenStore) -> int:
+    if store.learned is None:
+        return len(store.tokens) - (len(store.offsets) - 1)
+    return int(store.learned.sum() - store.learned[store.offsets[:-1]].sum())
 
 
 def build(

@@ -147,19 +147,18 @@ def _block(cfg: ModelConfig, rotary, attend, p, x_btd: jax.Array, layer):
 def _wrapped(block, wrap: LayerWrap | None):
     """`block` as `wrap` runs it: `layer` holds (cache, extra), and aux what the wrap returned."""
 
-    def run_plain(attend, p, x_btd, layer):
-        x_btd, (cache, routed) = block(attend, p, x_btd, layer[0])
-        return x_btd, (cache, routed, ())
-
-    def run_wrapped(attend, p, x_btd, layer):
+    def wrapped(attend, p, x_btd, layer):
         def run(x_btd, cache):
             x_btd, (cache, routed) = block(attend, p, x_btd, cache)
             return x_btd, cache, routed
 
+        if wrap is None:
+            x_btd, cache, routed = run(x_btd, layer[0])
+            return x_btd, (cache, routed, ())
         x_btd, cache, routed, aux = wrap.apply(run, x_btd, *layer)
         return x_btd, (cache, routed, aux)
 
-    return run_plain if wrap is None else run_wrapped
+    return wrapped
 
 
 def _attend_to_batch(cfg: ModelConfig, window, positions, segments, dtype):
@@ -210,6 +209,7 @@ def cast(params, dtype):
     def one(path, leaf):
         names = P.path_name(path).split("/")
         kept = names[-1] in ("embed", "positions", "router") or names[-1].endswith("_bias")
+        kept |= not jnp.issubdtype(leaf.dtype, jnp.floating)  # Such as the keys of a dropout.
         return leaf if kept or any(n.endswith("norm") for n in names) else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)

@@ -36,3 +36,5 @@ class Model:
     """Small files of the source that travel along, by name: tokenizer, template, generation."""
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Facts about where it is from, for reports."""
+    depth: Any = None
+    """What chooses its layers by prompt (`depth.decision.Skipper`); None runs them all."""

@@ -52,16 +52,18 @@ def fill(
             device: jnp.zeros(_sizes(region, spec.shape), dtype, device=device)
             for device, region in regions[name].items()
         }
-    for name, index, read in sources:
-        values = read()
-        for device, region in regions[name].items():
-            bounds = [part.indices(n)[:2] for part, n in zip(region, specs[name].shape)]
-            buffer = buffers[name][device]
-            for piece, starts, order in _pieces(values, index, bounds):
-                piece = jax.device_put(piece, device)
-                buffer = _update(buffer, piece, np.asarray(starts, np.int32), order)
-                buffer.block_until_ready()  # Otherwise the pieces of a whole model would queue up.
-            buffers[name][device] = buffer
+    # Each device is filled by itself, whatever mesh the caller has set.
+    with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
+        for name, index, read in sources:
+            values = read()
+            for device, region in regions[name].items():
+                bounds = [part.indices(n)[:2] for part, n in zip(region, specs[name].shape)]
+                buffer = buffers[name][device]
+                for piece, starts, order in _pieces(values, index, bounds):
+                    piece = jax.device_put(piece, device)
+                    buffer = _update(buffer, piece, np.asarray(starts, np.int32), order)
+                    buffer.block_until_ready()  # Or the pieces of a whole model would queue up.
+                buffers[name][device] = buffer
     return {
         name: jax.make_array_from_single_device_arrays(
             tuple(spec.shape), shardings[name], list(buffers.pop(name).values())

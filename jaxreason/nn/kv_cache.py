@@ -66,13 +66,14 @@ class KVCache:
         )
 
     def advance(self, new_tokens: jax.Array, stored: jax.Array | None = None) -> "KVCache":
-        """Counts `new_tokens` [B] that every layer appended, or those layers `stored` [L] says.
+        """Counts `new_tokens` [B] that every layer appended.
 
-        A layer that has missed tokens stays where it missed the first: see `require_complete`.
+        Or only those layers that `stored` says, a bool [L] for all rows or [L,B] for each. A layer
+        that has missed tokens stays where it missed the first: see `require_complete`.
         """
         counted = self.valid == self.lengths[None]
         if stored is not None:
-            counted &= stored[:, None]
+            counted &= stored if stored.ndim == 2 else stored[:, None]
         valid = jnp.where(counted, self.valid + new_tokens[None], self.valid)
         return dataclasses.replace(self, lengths=self.lengths + new_tokens, valid=valid)
 
@@ -138,7 +139,7 @@ class BranchCache:
         return dataclasses.replace(self, own=own, prefix_lengths=prefix_lengths)
 
     def advance(self, new_tokens: jax.Array, stored: jax.Array | None = None) -> "BranchCache":
-        """Counts `new_tokens` [B] appended by every layer, or by those `stored` [L] says."""
+        """Counts `new_tokens` [B] appended by all layers, or those `stored` [L] or [L,B] says."""
         return dataclasses.replace(self, own=self.own.advance(new_tokens, stored))
 
     def copied(self, capacity: int) -> KVCache:
@@ -216,25 +217,36 @@ def append(
     )
 
 
-def complete_lengths(cache: KVCache | BranchCache) -> jax.Array:
-    """The leading tokens [B] that every layer has stored.
+def complete_lengths(
+    cache: KVCache | BranchCache, layers: jax.Array | np.ndarray | None = None
+) -> jax.Array:
+    """The leading tokens [B] that every layer has stored, or every layer of `layers` [L,B] bool.
 
     `cache.truncate(complete_lengths(cache))` and a forward over the tokens cut off recompute what
-    skipped layers miss.
+    skipped layers miss. `layers` are those that a row will run when it is resumed: what the others
+    miss, nobody reads.
     """
+
+    def least(valid, lengths):
+        return jnp.where(True if layers is None else layers, valid, lengths[None]).min(axis=0)
+
     if isinstance(cache, KVCache):
-        return cache.valid.min(axis=0)
-    stored = jnp.minimum(complete_lengths(cache.prefix)[cache.parent], cache.prefix_lengths)
+        return least(cache.valid, cache.lengths)
+    of_prefix = least(cache.prefix.valid[:, cache.parent], cache.prefix.lengths[cache.parent])
+    stored = jnp.minimum(of_prefix, cache.prefix_lengths)
     whole = stored == cache.prefix_lengths
-    return jnp.where(whole, stored + complete_lengths(cache.own), stored)
+    return jnp.where(whole, stored + least(cache.own.valid, cache.own.lengths), stored)
 
 
-def require_complete(cache: KVCache | BranchCache) -> None:
+def require_complete(
+    cache: KVCache | BranchCache, layers: jax.Array | np.ndarray | None = None
+) -> None:
     """Raises UserError where a layer misses entries that a resumed row would attend to.
 
     Runs on the host, before a row is resumed with layers that were skipped for some of its tokens.
+    `layers` [L,B] bool: those that each row will run (None: all).
     """
-    have, need = (np.asarray(x) for x in (complete_lengths(cache), cache.lengths))
+    have, need = (np.asarray(x) for x in (complete_lengths(cache, layers), cache.lengths))
     if (have < need).any():
         row = int(np.argmax(have < need))
         raise UserError(

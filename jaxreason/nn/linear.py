@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreason.nn.kernels import cpu, decode
+from jaxreason.nn.lora import LoraWeight
 
 KERNELS = ("auto", "xla", "cpu")
 
@@ -21,13 +22,19 @@ def resolve_kernels(kernels: str, platform: str | None = None) -> str:
     return "cpu" if (platform or jax.default_backend()) == "cpu" else "xla"
 
 
-def linear(x: jax.Array, w: jax.Array | decode.OutIn, kernels: str, inputs: int = 1) -> jax.Array:
+def linear(
+    x: jax.Array, w: jax.Array | decode.OutIn | LoraWeight, kernels: str, inputs: int = 1
+) -> jax.Array:
     """Contracts the last `inputs` axes of `x` [B,T,...] with the first of `w`.
 
-    A weight that was laid out for a token loop brings its own product.
+    A weight that was laid out for a token loop brings its own product, and so does one with an
+    adapter.
     """
     if isinstance(w, decode.OutIn):
         return decode.product(x, w, inputs=inputs)
+    if isinstance(w, LoraWeight):
+        low = linear(w.drop(x), w.a, kernels, inputs) * w.scale
+        return linear(x, w.base, kernels, inputs) + linear(low, w.b, kernels)
     if kernels == "cpu":
         return cpu.linear(x, w, inputs)
     contracted = string.ascii_uppercase[:inputs]

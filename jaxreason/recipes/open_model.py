@@ -107,17 +107,17 @@ def is_ours(root: epath.Path) -> bool:
 
 
 def _inspect_ours(root: epath.Path, step: int | None) -> tuple[Model, Load]:
-    from jaxreason.recipes.pretrain import PretrainConfig  # It opens models too.
+    from jaxreason.recipes import recipes  # They open models too.
 
-    if not root.exists():
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
         raise UserError(
-            f"{root} does not exist; expected a run's folder, a checkpoint, a Hugging Face folder "
-            "or a .gguf file"
+            f"{root} {what}; expected a run's folder, a checkpoint, a Hugging Face folder or a "
+            ".gguf file"
         )
     folder = load.find(root, step)
-    saved = config_lib.load(
-        load.load_config(folder), [PretrainConfig, ConvertedModel], where=str(folder)
-    )
+    known = recipes()
+    saved = config_lib.load(load.load_config(folder), [*known, ConvertedModel], where=str(folder))
     try:
         manifest.verify(folder, lambda path: not path.startswith(f"{manifest.ARRAYS}/"))
     except manifest.Damaged as error:
@@ -125,9 +125,11 @@ def _inspect_ours(root: epath.Path, step: int | None) -> tuple[Model, Load]:
     meta = manifest.read_meta(folder)
     facts = {"source": str(root), "step": meta["step"], "format": "jaxreason"}
     cfg = on_any_device(saved.model)
+    if hasattr(known.get(type(saved)), "inspect_run"):
+        return known[type(saved)].inspect_run(saved, folder, meta)
     if isinstance(saved, ConvertedModel):
-        tokenizer = _stored_tokenizer(saved.tokenizer, folder)
-        files = _files(folder / "tokenizer")
+        tokenizer = stored_tokenizer(saved.tokenizer, folder)
+        files = travelling(folder / "tokenizer")
         model = Model(
             params=None,
             config=cfg,
@@ -150,7 +152,7 @@ def _inspect_ours(root: epath.Path, step: int | None) -> tuple[Model, Load]:
                 f"{run}/tokenizer is not the tokenizer of the checkpoint {folder.name}; put back "
                 "the run's own files"
             )
-        files = {**files_of(tokenizer), **_files(run / "tokenizer")}
+        files = {**files_of(tokenizer), **travelling(run / "tokenizer")}
         model = Model(
             params=None,
             config=cfg,
@@ -164,14 +166,17 @@ def _inspect_ours(root: epath.Path, step: int | None) -> tuple[Model, Load]:
         )
 
     def load_params(param_dtype: str, mesh) -> Any:
-        return _load(folder, meta, cfg, param_dtype, mesh)
+        return load_group(folder, meta, decoder.specs(cfg), param_dtype, mesh)
 
     return model, load_params
 
 
-def _load(folder: epath.Path, meta: dict, cfg: ModelConfig, param_dtype: str, mesh) -> Any:
-    specs = decoder.specs(cfg)
-    stored = meta["leaves"]["params/model/embed"]["dtype"]
+def load_group(
+    folder: epath.Path, meta: dict, specs: Any, param_dtype: str, mesh, group: str = "model"
+) -> Any:
+    """A group of a checkpoint's parameters, described by `specs`, in a precision on a mesh."""
+    subtree = f"params/{group}"
+    stored = next(e["dtype"] for n, e in meta["leaves"].items() if n.startswith(f"{subtree}/"))
     abstract = jax.tree.map(
         lambda spec, sharding: jax.ShapeDtypeStruct(
             spec.shape, jnp.dtype(stored), sharding=sharding
@@ -179,18 +184,23 @@ def _load(folder: epath.Path, meta: dict, cfg: ModelConfig, param_dtype: str, me
         specs,
         shardings_of(specs, mesh),
     )
-    params = load.load(folder, abstract, subtree="params/model")
-    if param_dtype == stored:
-        return params
+    params = load.load(folder, abstract, subtree=subtree)
+    return params if param_dtype == stored else cast_params(params, param_dtype)
+
+
+def cast_params(params: Any, dtype: str) -> Any:
+    """Parameters in another precision; the given arrays are used up."""
     leaves, tree = jax.tree.flatten(params)
     del params
     for i, leaf in enumerate(leaves):  # one at a time, so that two whole models are never held
-        leaves[i] = leaf.astype(param_dtype)
-        leaf.delete()
+        leaves[i] = leaf.astype(dtype)
+        if leaves[i] is not leaf:
+            leaf.delete()
     return jax.tree.unflatten(tree, leaves)
 
 
-def _stored_tokenizer(cfg: TokenizerConfig | None, folder: epath.Path) -> Tokenizer | None:
+def stored_tokenizer(cfg: TokenizerConfig | None, folder: epath.Path) -> Tokenizer | None:
+    """The tokenizer that `stored_settings` named, from the folder that it was saved in."""
     match cfg:
         case None:
             return None
@@ -222,7 +232,8 @@ def fingerprints(tokenizer: Tokenizer | None) -> tuple[str, ...]:
     return () if tokenizer is None else (tokenizer.fingerprint,)
 
 
-def _files(folder: epath.Path) -> Mapping[str, bytes]:
+def travelling(folder: epath.Path) -> Mapping[str, bytes]:
+    """The small files that belong to a model, by name, as far as a folder has them."""
     return {name: (folder / name).read_bytes() for name in TRAVEL if (folder / name).exists()}
 
 

@@ -35,7 +35,10 @@ FREE = (
     "model.moe.form",
     "run.samples",
     "logit_chunk",
+    "base.name",
 )
+# A base that stays frozen is known by its weights' hash, wherever it lies.
+FREE_BASE = ("init.path", "init.step")
 
 
 def check_folder(directory: epath.Path) -> None:
@@ -62,7 +65,8 @@ def changes(directory: epath.Path, cfg) -> list[tuple[str, object, object]]:
     # Where room is short, each device drops tokens of its own; the balance is a micro-batch's.
     bound = set() if moe is None else {"train.accumulate"}
     bound |= {"mesh"} if moe is not None and moe.capacity_factor else set()
-    free = tuple(f"config.{name}" for name in FREE if name not in bound)
+    moved = FREE_BASE if getattr(cfg, "frozen_base", False) else ()
+    free = tuple(f"config.{name}" for name in (*FREE, *moved) if name not in bound)
     return [
         change
         for change in found

@@ -26,6 +26,9 @@ def write_samples(
     count: int = 4,
     prompt_tokens: int = 32,
     new_tokens: int = 64,
+    prompts: list[list[int]] | None = None,
+    eos_ids: tuple[int, ...] = (),
+    depth: Any = None,
 ) -> list[str]:
     """Writes `samples.txt`, which the report shows: a prompt, the mark, its continuation.
 
@@ -42,6 +45,9 @@ def write_samples(
       count: prompts; fewer where the batch has fewer rows of that length.
       prompt_tokens: tokens of a prompt.
       new_tokens: most tokens of a continuation.
+      prompts: to ask in place of the batch's rows, which are then not read.
+      eos_ids: what ends a continuation; none: the tokenizer's own end of text.
+      depth: what chooses the model's layers by prompt; None runs them all.
 
     Returns:
       The texts; none, and nothing is written, on several devices or hosts, and for a model with
@@ -50,19 +56,22 @@ def write_samples(
     if jax.process_count() > 1 or any(len(leaf.devices()) > 1 for leaf in jax.tree.leaves(params)):
         return []
     if config.positions == "learned":
-        new_tokens = min(new_tokens, config.max_positions - prompt_tokens)
+        longest = max(map(len, prompts), default=0) if prompts else prompt_tokens
+        new_tokens = min(new_tokens, config.max_positions - longest)
         if new_tokens < 1:
             return []
-    batch = held_out.batch(0)
-    whole = (batch["segment_ids"][:, :prompt_tokens] == 1).all(axis=1)
-    prompts = [list(map(int, row)) for row in batch["tokens"][whole][:count, :prompt_tokens]]
+    if prompts is None:
+        batch = held_out.batch(0)
+        whole = (batch["segment_ids"][:, :prompt_tokens] == 1).all(axis=1)
+        prompts = [list(map(int, row)) for row in batch["tokens"][whole][:count, :prompt_tokens]]
     tokenizer = held_out.tokenizer
     model = Model(
         params=params,
         config=on_any_device(config),
         tokenizer=tokenizer,
-        eos_ids=(tokenizer.eos_id,),
+        eos_ids=eos_ids or (tokenizer.eos_id,),
         dtype=dtype,
+        depth=depth,
     )
     done = generate(model, prompts, GREEDY, max_new_tokens=new_tokens, slots=max(len(prompts), 1))
     texts = [

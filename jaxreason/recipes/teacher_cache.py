@@ -66,7 +66,8 @@ class CachedTeacher:
             raise UserError("teacher.cache_dir is set with several hosts; it serves one, leave it")
         self._model, self._captures, self._needs_logits = model, captures, needs_logits
         self._root, self._what = epath.Path(directory).expanduser(), f"{identity} {rows} {captures}"
-        self._forward = jax.jit(lambda params, batch: model.apply(params, batch, captures))
+        apply = self._apply = _apply_of(model)
+        self._forward = jax.jit(lambda params, batch: apply(params, batch, captures))
         self._params: Any = None
 
     def _load(self) -> Any:
@@ -83,7 +84,7 @@ class CachedTeacher:
     @functools.cached_property
     def _outline(self) -> Outputs:
         """Static facts of the teacher's outputs: soft cap, forms of the products."""
-        return jax.eval_shape(lambda p: self._model.apply(p, _one_token(), ()), self._load())
+        return jax.eval_shape(lambda p: self._apply(p, _one_token(), ()), self._load())
 
     def states(self, step: int, batch: Batch) -> Batch:
         """The teacher's states [B,T,E] of a batch of the host, by their names in the batch."""
@@ -154,9 +155,14 @@ def _one_token() -> dict[str, np.ndarray]:
     return batch | {"positions": one * 0, "loss_weights": one.astype(np.float32)}
 
 
+def _apply_of(model: FrozenModel):
+    assert model.apply is not None  # A teacher has a forward of its own.
+    return model.apply
+
+
 def _unembed(model: FrozenModel, params: Any) -> jax.Array:
     """The teacher's output matrix, from a forward over one token."""
-    unembed = jax.jit(lambda p: model.apply(p, _one_token(), ()).unembed)(params)
+    unembed = jax.jit(lambda p: _apply_of(model)(p, _one_token(), ()).unembed)(params)
     if unembed is None:
         raise UserError("the teacher gives no logits; use a method that aligns hidden states (LET)")
     return unembed

@@ -1,6 +1,7 @@
 """Generation with a key-value cache: `generate(model, prompts, Sampling(...))`."""
 
 from jaxreason.rollout.engine import generate, prepare, run
+from jaxreason.rollout.layer_stats import LayerStats
 from jaxreason.rollout.requests import Completion, Delta, Request
 from jaxreason.rollout.sampling import GREEDY, Sampling
 from jaxreason.rollout.stats import Stats
@@ -9,6 +10,7 @@ __all__ = [
     "GREEDY",
     "Completion",
     "Delta",
+    "LayerStats",
     "Request",
     "Sampling",
     "Stats",

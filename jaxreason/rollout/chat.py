@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from jaxreason.core.errors import UserError
+from jaxreason.depth.decision import Scope
 from jaxreason.rollout.chat_template import render_chat
 from jaxreason.rollout.engine import generate, prepare
 from jaxreason.rollout.sampling import Sampling
@@ -23,12 +24,14 @@ def chat(
     max_new_tokens: int = 1024,
     stop: tuple[str, ...] = (),
     seed: int = 0,
+    keep: tuple[bool, ...] | None = None,
+    skip_scope: Scope = "decode_only",
     stats: Stats | None = None,
     read: Callable[[str], str] | None = None,
     out: TextIO,
 ) -> None:
     """Talks until /quit or the end of the input; `read(prompt)` gives the user's lines
-    (None: the terminal's).
+    (None: the terminal's). `keep` and `skip_scope`: the layers that run, as in `generate`.
 
     A reply that Ctrl-C stopped stays in the history as far as it came.
 
@@ -63,7 +66,10 @@ def chat(
         try:
             asked = [*history, {"role": "user", "content": line}]
             prompt = render_chat(model, asked)
-            reply = _reply(model, prompt, sampling, max_new_tokens, stop, seed + turns, stats, out)
+            reply = _reply(
+                model, prompt, sampling, out, max_new_tokens=max_new_tokens, stop=stop,
+                seed=seed + turns, keep=keep, skip_scope=skip_scope, stats=stats,
+            )  # fmt: skip
         except UserError as error:  # Too long for the model, say: the user may /reset.
             out.write(f"error: {error}\n")
             continue
@@ -71,16 +77,15 @@ def chat(
         history = [*asked, {"role": "assistant", "content": reply}]
 
 
-def _reply(model, prompt, sampling, max_new_tokens, stop, seed, stats, out: TextIO) -> str:
+def _reply(model, prompt, sampling, out: TextIO, **settings: Any) -> str:
     def show(delta):
         out.write(delta.text)
         out.flush()
 
     with _interrupts() as stopped:
         (done,) = generate(
-            model, [prompt], sampling, max_new_tokens=max_new_tokens, stop=stop, seed=seed,
-            stream=show, cancel=stopped.is_set, stats=stats,
-        )  # fmt: skip
+            model, [prompt], sampling, stream=show, cancel=stopped.is_set, **settings
+        )
     out.write(" (stopped)\n" if done.finish_reason == "cancelled" else "\n")
     return done.text
 

@@ -5,6 +5,7 @@ and what it raises is one line.
 """
 
 import datetime
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,18 +71,9 @@ def special_tokens(model: Any) -> dict[str, str]:
     return found
 
 
-def render(
-    template: str,
-    messages: Sequence[Message],
-    tokens: Mapping[str, str],
-    *,
-    add_generation_prompt: bool = True,
-) -> str:
-    """The text of `messages`, as `transformers` renders it.
-
-    Raises:
-        UserError: the template fails.
-    """
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> jinja2.Template:
+    """The template, ready to render; a data set renders one thousands of times."""
 
     def refuse(message: str):
         raise jinja2.TemplateError(message)
@@ -98,8 +90,24 @@ def render(
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def render(
+    template: str,
+    messages: Sequence[Message],
+    tokens: Mapping[str, str],
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    """The text of `messages`, as `transformers` renders it.
+
+    Raises:
+        UserError: the template fails.
+    """
+
     try:
-        return environment.from_string(template).render(
+        return _compiled(template).render(
             messages=list(messages), tools=None, documents=None,
             add_generation_prompt=add_generation_prompt, **tokens,
         )  # fmt: skip

@@ -4,12 +4,17 @@ The device draws tokens in chunks (`slots`); between chunks the host turns them 
 stop strings, streams, and refills. A request's tokens depend on its prompt, its settings and the
 seed; which slot it gets and what else runs changes nothing (up to the rounding of another batch
 size).
+
+Layers are skipped where the model has a `depth` (routers that choose a set of layers by prompt) or
+a request brings a set. Rows of different sets either run the union of them, each keeping its own
+results, or wait for others of their set. A step costs about the same for few rows as for one, so
+the union is faster unless many requests share few sets.
 """
 
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +23,16 @@ import numpy as np
 from jaxreason.core import rng
 from jaxreason.core.errors import UserError
 from jaxreason.core.precision import as_dtype
+from jaxreason.depth.decision import Scope
 from jaxreason.rollout import slots as device
+from jaxreason.rollout.layer_stats import Batching, LayerStats, Skipped
+from jaxreason.rollout.prompts import Prompts, bucket
 from jaxreason.rollout.reply import Reply
 from jaxreason.rollout.requests import (
     Completion,
     Delta,
     Request,
+    check_depth,
     check_request,
     encode_prompts,
 )
@@ -31,8 +40,7 @@ from jaxreason.rollout.sampling import Sampling, stack_settings
 from jaxreason.rollout.stats import Stats
 
 HEADROOM = 256  # Tokens beyond the longest prompt that a cache starts with; then it doubles.
-PIECE = 512  # Longer prompts are read in pieces: attention scores of a whole one may not fit.
-MIN_BUCKET = 16
+AHEAD = 4  # Prompts a slot that `group` reads ahead, to find requests of the same set.
 SAMPLE = Sampling()
 
 
@@ -57,6 +65,9 @@ def generate(
     stop: Sequence[str] = (),
     logprobs: bool = False,
     ignore_eos: bool = False,
+    keep: Sequence[bool] | None = None,
+    skip_scope: Scope = "decode_only",
+    batching: Batching = "union",
     slots: int = 8,
     stream: Callable[[Delta], None] | None = None,
     cancel: Callable[[], bool] | None = None,
@@ -74,6 +85,10 @@ def generate(
         stop: strings that end a text, which then lacks them.
         logprobs: whether to return log-probabilities.
         ignore_eos: whether to go on after an end-of-text token (for measurements).
+        keep: the layers that run, one truth value a layer; None: those that the model's `depth`
+            chooses by prompt, or all where it has none.
+        skip_scope: with `keep`, whether prompts skip as well (`everywhere`).
+        batching: `union` or `group`, where completions have different sets of layers.
         slots: most completions decoded at a time.
         stream: called with new text as it comes.
         cancel: asked between chunks whether to stop everything.
@@ -94,11 +109,16 @@ def generate(
             sampling=sampling,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             ignore_eos=ignore_eos,
+            keep=None if keep is None else tuple(map(bool, keep)),
+            skip_scope=skip_scope,
         )
         for i, tokens in enumerate(encode_prompts(model, prompts))
         for j in range(n)
     ]
-    done = run(model, requests, seed=seed, slots=slots, stream=stream, cancel=cancel, stats=stats)
+    done = run(
+        model, requests, seed=seed, slots=slots, batching=batching, stream=stream, cancel=cancel,
+        stats=stats,
+    )  # fmt: skip
     if not logprobs:
         done = [dataclasses.replace(c, logprobs=None, sampling_logprobs=None) for c in done]
     return done
@@ -111,16 +131,23 @@ def run(
     seed: int = 0,
     slots: int = 8,
     chunk: int | None = None,
+    batching: Batching = "union",
     stream: Callable[[Delta], None] | None = None,
     cancel: Callable[[], bool] | None = None,
     stats: Stats | None = None,
 ) -> list[Completion]:
     """Serves requests of different lengths and settings; completions come back in their order.
 
-    `chunk` is the number of tokens between two looks of the host; it changes no result.
+    `chunk` is the number of tokens between two looks of the host; it changes no result. Nor does
+    `batching`: whether rows of different sets of layers are decoded together (`union`), or those of
+    one set at a time (`group`), for which some prompts are read ahead.
     """
     if slots < 1:
         raise UserError(f"slots is {slots}; expected at least 1")
+    if batching not in get_args(Batching):
+        expected = ", ".join(get_args(Batching))
+        raise UserError(f"batching is {batching!r}; expected one of {expected}")
+    check_depth(model.depth, model.config)
     for request in requests:
         check_request(request, model)
     if not requests:
@@ -129,8 +156,9 @@ def run(
         watched = stream is not None or any(r.stop for r in requests)
         chunk = 4 if watched else 16
     engine = _Engine(
-        prepare(model, min(slots, len(requests))), requests, seed, slots, chunk, stats or Stats()
-    )
+        prepare(model, min(slots, len(requests))), requests, seed, slots, chunk,
+        batching == "group", stats or Stats(),
+    )  # fmt: skip
     while engine.working:
         if cancel is not None and cancel():
             engine.cancel()
@@ -143,43 +171,38 @@ def run(
     return engine.completions()
 
 
-def bucket(tokens: int, least: int = MIN_BUCKET) -> int:
-    """The power of two that holds `tokens`: few lengths, few programs."""
-    return max(least, 1 << (tokens - 1).bit_length())
-
-
-def row_groups(rows: int) -> Iterable[int]:
-    """Powers of four that add up to `rows`: few batch sizes of prompts, none with idle rows."""
-    size = 4 ** ((max(rows, 1).bit_length() - 1) // 2)
-    while rows:
-        while size > rows:
-            size //= 4
-        yield size
-        rows -= size
-
-
 class _Engine:
     """One call of `run`: which request sits in which slot, and the device's state."""
 
-    def __init__(self, model, requests, seed: int, slots: int, chunk: int, stats: Stats):
+    def __init__(self, model, requests, seed: int, slots: int, chunk: int, grouped: bool, stats):
         self._model, self._requests, self._chunk, self._stats = model, requests, chunk, stats
         self._cfg, self._dtype = model.config, model.dtype
         self._size = min(slots, len(requests))
         self._queue = collections.deque(range(len(requests)))
-        self._waiting = collections.Counter(r.tokens for r in requests)
         self._slots: list[int | None] = [None] * self._size
         self._replies = [Reply(model.tokenizer, model.eos_ids, r) for r in requests]
-        self._prompts: dict[tuple[int, ...], tuple[Any, Any, int]] = {}
+        self._prompts = Prompts(model, requests, stats)
         self._key = rng.named(rng.base_key(seed), "sample")
         self._eos = jnp.asarray(model.eos_ids or (-1,), jnp.int32)
         longest = max(len(r.tokens) for r in requests)
         self._capacity = bucket(min(self._need(range(len(requests))), longest + HEADROOM))
         self._state = None
         self._touched: dict[int, None] = {}
+        self._skips = model.depth is not None or any(r.keep is not None for r in requests)
+        self._grouped = grouped and self._skips
+        self._ahead: list[int] = []  # Read and not in a slot: their sets of layers are known.
+        self._skipped: dict[int, Skipped] = {}
+        if self._skips:
+            stats.layers = stats.layers or LayerStats(num_layers=self._cfg.num_layers)
+            stats.layers.batching = "group" if grouped else "union"
 
     @property
     def working(self) -> bool:
-        return bool(self._queue) or any(s is not None for s in self._slots)
+        return self._waiting or any(s is not None for s in self._slots)
+
+    @property
+    def _waiting(self) -> bool:
+        return bool(self._queue or self._ahead)
 
     def completions(self) -> list[Completion]:
         return [reply.completion() for reply in self._replies]
@@ -197,6 +220,7 @@ class _Engine:
             reply.finish("cancelled")
             self._touched[i] = None
         self._queue.clear()
+        self._ahead.clear()
         self._slots = [None] * self._size
 
     def _need(self, indices: Iterable[int], ahead: int | None = None) -> int:
@@ -213,57 +237,46 @@ class _Engine:
     def fill(self) -> None:
         """Moves waiting requests into free slots."""
         free = [s for s, i in enumerate(self._slots) if i is None]
-        entering = {}
-        while free and self._queue:
-            entering[free.pop(0)] = self._queue.popleft()
-        if not entering:
+        if not (free and self._waiting):
             return
         with self._stats.timed("prefill"):
             if self._state is None:
-                self._state = device.empty_slots(self._cfg, self._size, self._capacity, self._dtype)
-            self._read_prompts(entering.values())
+                self._state = device.empty_slots(
+                    self._cfg, self._size, self._capacity, self._dtype, self._skips
+                )
+            if self._grouped:
+                entering = dict(zip(free, self._next_of_a_set(len(free))))
+            else:
+                entering = {s: self._queue.popleft() for s in free[: len(self._queue)]}
+                self._prompts.read(entering.values())
             by_source = collections.defaultdict(list)
             for slot, i in entering.items():
-                cache, logits, row = self._prompts[self._requests[i].tokens]
-                by_source[id(cache)].append((cache, logits, row, slot, i))
+                prompt = self._prompts.of(i)
+                by_source[id(prompt.cache)].append((prompt, slot, i))
             for group in by_source.values():
                 self._admit(group)
         for i in entering.values():
-            tokens = self._requests[i].tokens
-            self._waiting[tokens] -= 1
-            if not self._waiting[tokens]:
-                del self._prompts[tokens]
+            self._prompts.used(i)
 
-    def _read_prompts(self, indices: Iterable[int]) -> None:
-        """Runs the prompts that are not read yet, equal ones once, those of a size together."""
-        groups = collections.defaultdict(list)
-        for tokens in dict.fromkeys(self._requests[i].tokens for i in indices):
-            if tokens not in self._prompts:
-                groups[bucket(len(tokens))].append(tokens)
-        for size, prompts in groups.items():
-            for rows in row_groups(len(prompts)):
-                self._read(prompts[:rows], size)
-                prompts = prompts[rows:]
+    def _next_of_a_set(self, number: int) -> list[int]:
+        """Up to `number` requests with the set of layers that is being decoded.
 
-    def _read(self, prompts: Sequence[tuple[int, ...]], size: int) -> None:
-        rows = np.zeros((len(prompts), size), np.int32)
-        for row, tokens in zip(rows, prompts):
-            row[: len(tokens)] = tokens
-        lengths = np.array([len(tokens) for tokens in prompts], np.int32)
-        cache, logits = device.empty_prompts(self._cfg, len(prompts), size, self._dtype)
-        piece = min(size, PIECE)
-        for start in range(0, int(lengths.max()), piece):
-            counts = np.clip(lengths - start, 0, piece)
-            cache, logits = device.extend(
-                self._model.params, cache, logits, rows[:, start : start + piece], counts,
-                cfg=self._cfg, dtype=self._dtype, empty=start == 0,
-            )  # fmt: skip
-        for row, tokens in enumerate(prompts):
-            self._prompts[tokens] = cache, logits, row
-        self._stats.prefill_tokens += int(lengths.sum())
+        Between two sets, the one that most of the prompts read ahead have comes next.
+        """
+        limit = AHEAD * self._size
+        if len(self._ahead) <= limit // 2:
+            new = [self._queue.popleft() for _ in range(min(limit, len(self._queue)))]
+            self._prompts.read(new)
+            self._ahead += new
+        running = [i for i in self._slots if i is not None]
+        sets = collections.Counter(self._prompts.keep(i) for i in self._ahead)
+        now = self._skipped[running[0]].keep if running else sets.most_common(1)[0][0]
+        chosen = [i for i in self._ahead if self._prompts.keep(i) == now][:number]
+        self._ahead = [i for i in self._ahead if i not in chosen]
+        return chosen
 
     def _admit(self, group: Sequence[tuple]) -> None:
-        indices = [i for *_, i in group]
+        indices = [i for _, _, i in group]
         requests = [self._requests[i] for i in indices]
         spare = self._size - len(group)
 
@@ -272,26 +285,40 @@ class _Engine:
 
         entrants = device.Entrants(
             number=jnp.int32(len(group)),
-            source=array(row for _, _, row, _, _ in group),
-            slot=array(slot for _, _, _, slot, _ in group),
+            source=array(prompt.row for prompt, _, _ in group),
+            slot=array(slot for _, slot, _ in group),
             prompt_index=array(r.prompt_index for r in requests),
             sample_index=array(r.sample_index for r in requests),
             limit=array(r.max_new_tokens for r in requests),
             ignore_eos=array((r.ignore_eos for r in requests), bool),
             sampling=stack_settings([r.sampling for r in requests] + [Sampling()] * spare),
+            keep=self._sets(indices, spare) if self._skips else None,
         )
-        cache, logits = group[0][:2]
+        prompt = group[0][0]
         self._state, drawn = device.admit(
-            self._state, cache, logits, entrants, self._key, self._eos
+            self._state, prompt.cache, prompt.logits, entrants, self._key, self._eos
         )
         drawn = jax.device_get(drawn)
-        for place, (_, _, _, slot, i) in enumerate(group):
+        for place, (_, slot, i) in enumerate(group):
             self._slots[slot] = i
             self._touched[i] = None
             self._replies[i].add(
                 drawn.tokens[place], drawn.logprobs[place], drawn.sampling_logprobs[place]
             )
         self._release()
+
+    def _sets(self, indices: Sequence[int], spare: int) -> Any:
+        """The sets of layers of requests that enter slots, and a note of them for the reports."""
+        assert self._stats.layers is not None
+        sets = [self._prompts.keep(i) for i in indices]
+        for i, keep in zip(indices, sets):
+            request = self._requests[i]
+            self._replies[i].layers = [layer for layer, kept in enumerate(keep) if kept]
+            self._skipped[i] = Skipped(
+                prompt_index=request.prompt_index, sample_index=request.sample_index, keep=keep
+            )
+            self._stats.layers.completions.append(self._skipped[i])
+        return np.array(sets + [(True,) * self._cfg.num_layers] * spare)
 
     # Tokens.
 
@@ -300,16 +327,24 @@ class _Engine:
         active = [i for i in self._slots if i is not None]
         if not active:
             return
+        before = self._stats.decode_seconds
         with self._stats.timed("decode"):
             need = self._need(active, self._chunk)
             if need > self._capacity:
                 self._capacity = bucket(need)
                 self._state = device.grow(self._state, self._capacity)
             self._state, decoded = device.decode(
-                self._model.params, self._state, self._eos, jnp.bool_(bool(self._queue)),
+                self._model.params, self._state, self._eos, jnp.bool_(self._waiting),
                 cfg=self._cfg, dtype=self._dtype, chunk=self._chunk,
             )  # fmt: skip
             decoded = jax.device_get(decoded)
+        if self._skips:
+            assert self._stats.layers is not None
+            self._stats.layers.add(
+                [self._skipped[i] for i in active],
+                [int(decoded.number[s]) for s, i in enumerate(self._slots) if i is not None],
+                int(decoded.computed), self._stats.decode_seconds - before,
+            )  # fmt: skip
         for slot, i in enumerate(self._slots):
             if i is None:
                 continue

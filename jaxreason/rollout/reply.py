@@ -21,6 +21,7 @@ class Reply:
         self.logprobs: list[float] = []
         self.sampling_logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
+        self.layers: list[int] | None = None
 
     def add(self, token: int, logprob: float, sampling_logprob: float) -> None:
         """Takes the next token."""
@@ -67,4 +68,5 @@ class Reply:
             finish_reason=self.finish_reason,
             logprobs=self.logprobs,
             sampling_logprobs=self.sampling_logprobs,
+            layers=self.layers,
         )

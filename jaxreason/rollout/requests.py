@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxreason.core.errors import UserError
+from jaxreason.depth.decision import Scope
 from jaxreason.rollout.sampling import Sampling
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
@@ -25,6 +26,12 @@ class Request:
     """Strings before which the text ends; the tokens that make one up stay in `tokens`."""
     ignore_eos: bool = False
     """Whether to go on after an end-of-text token (for measurements)."""
+    keep: tuple[bool, ...] | None = None
+    """The layers that run, one truth value a layer. None: those that the model's `depth` chooses,
+    or all where it has none."""
+    skip_scope: Scope = "decode_only"
+    """With `keep`: whether the prompt too runs these layers only (`everywhere`, as a model without
+    the others would) or all of them. The first token is drawn from what the prompt gives."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,8 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[float] | None = None
     sampling_logprobs: list[float] | None = None
+    layers: list[int] | None = None
+    """Numbers of the layers that its tokens after the first ran; None where none may be skipped."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +96,19 @@ def encode_prompts(model: Any, prompts: Sequence[str | Sequence[int]]) -> list[t
     return result
 
 
+def check_depth(depth: Any, config: Any) -> None:
+    """Raises UserError for routers that do not belong to a model of this shape."""
+    if depth is None:
+        return
+    got, expected = depth.routers["w"].shape, (config.num_layers, config.d_model)
+    if got != expected:
+        raise UserError(
+            f"the routers are for {got[0]} layers of width {got[1]}; the model has {expected[0]} "
+            f"of width {expected[1]}: open it with its own routers"
+        )
+    depth.decision.check(config.num_layers, depth.scope)
+
+
 def check_request(request: Request, model: Any) -> None:
     """Raises UserError for a request that cannot be served.
 
@@ -97,6 +119,15 @@ def check_request(request: Request, model: Any) -> None:
         raise UserError(f"max_new_tokens is {request.max_new_tokens}; expected at least 1")
     if any(request.stop) and model.tokenizer is None:
         raise UserError("the model has no tokenizer; stop strings need one")
+    layers = getattr(model.config, "num_layers", None)
+    if request.keep is not None and len(request.keep) != layers:
+        raise UserError(
+            f"keep has {len(request.keep)} truth values; the model has {layers} layers: give one "
+            "for each"
+        )
+    if request.skip_scope not in get_args(Scope):
+        expected = ", ".join(get_args(Scope))
+        raise UserError(f"skip_scope is {request.skip_scope!r}; expected one of {expected}")
     total = len(request.tokens) + request.max_new_tokens
     limit = getattr(model.config, "max_positions", 0)
     if getattr(model.config, "positions", "rope") == "learned" and total > limit:

@@ -4,9 +4,12 @@
     admit    copies prompts into free slots, and draws their first tokens
     decode   draws tokens in all slots, up to a number of steps
 
-The three programs are shared by all requests: what differs between them (settings, limits, keys)
-is arrays. A row's draws follow from its key and the number of its token, so neither the slot nor
-its neighbours matter.
+The three programs are shared by all requests: what differs between them (settings, limits, keys,
+the layers that run) is arrays. A row's draws follow from its key and the number of its token, so
+neither the slot nor its neighbours matter.
+Where layers may be skipped, a slot has its set of them, and `decode` is one program for all sets:
+each layer stands in a conditional, which writes the cache where it lies and copies none of it
+(docs/log.md). Where none may be, there is no conditional.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreason.core.precision import as_dtype
+from jaxreason.depth.decision import Reading, Skipper, decide, keep_wrap, read_wrap
 from jaxreason.models import decoder
 from jaxreason.nn.kernels import decode as kernels
 from jaxreason.nn.kv_cache import KVCache
@@ -28,7 +32,8 @@ class Slots:
     """The state of B slots between programs.
 
     `token` [B] is the last one drawn, which is not in the cache yet; `count` [B] those drawn so
-    far, `limit` [B] the most there may be; a slot that is `done` [B] is free. `keys` [B].
+    far, `limit` [B] the most there may be; a slot that is `done` [B] is free. `keys` [B]. `keep`
+    [B,L] bool: the layers that run (None: always all).
     """
 
     cache: KVCache
@@ -39,13 +44,14 @@ class Slots:
     ignore_eos: jax.Array
     keys: jax.Array
     sampling: SamplingArrays
+    keep: jax.Array | None = None
 
 
 @flax.struct.dataclass
 class Entrants:
     """Requests that enter slots: arrays [B], of which the first `number` hold one.
 
-    Prompt `source` goes into slot `slot`.
+    Prompt `source` goes into slot `slot`, with the layers `keep` [B,L] where the slots have any.
     """
 
     number: jax.Array
@@ -56,6 +62,7 @@ class Entrants:
     limit: jax.Array
     ignore_eos: jax.Array
     sampling: SamplingArrays
+    keep: jax.Array | None = None
 
 
 def prepare_params(params, cfg, dtype, rows: int):
@@ -76,9 +83,9 @@ def _prepare(params, *, cfg, dtype: str, rows: int):
     return {**params, "embed": params["embed"].astype(dtype)}
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "batch", "capacity", "dtype"))
-def empty_slots(cfg, batch: int, capacity: int, dtype: str) -> Slots:
-    """`batch` free slots of `capacity` tokens."""
+@functools.partial(jax.jit, static_argnames=("cfg", "batch", "capacity", "dtype", "skips"))
+def empty_slots(cfg, batch: int, capacity: int, dtype: str, skips: bool = False) -> Slots:
+    """`batch` free slots of `capacity` tokens; with `skips`, each has a set of layers."""
     zeros = jnp.zeros(batch, jnp.int32)
     return Slots(
         cache=decoder.init_cache(cfg, batch, capacity, as_dtype(dtype)),
@@ -89,6 +96,7 @@ def empty_slots(cfg, batch: int, capacity: int, dtype: str) -> Slots:
         ignore_eos=jnp.zeros(batch, bool),
         keys=jax.random.split(jax.random.key(0), batch),
         sampling=SamplingArrays(jnp.zeros(batch), zeros, jnp.ones(batch), jnp.zeros(batch)),
+        keep=jnp.ones((batch, cfg.num_layers), bool) if skips else None,
     )
 
 
@@ -118,15 +126,19 @@ def extend(
     logits: jax.Array,
     tokens: jax.Array,
     counts: jax.Array,
+    skipper: Skipper | None = None,
+    keep: jax.Array | None = None,
     *,
     cfg,
     dtype,
     empty: bool,
-) -> tuple[KVCache, jax.Array]:
+) -> tuple[KVCache, jax.Array, Reading | None]:
     """Appends the first `counts` [B] of `tokens` [B,T] to prompts, which are `empty` or not.
 
-    Returns the cache and the logits [B,V] after the last token; a row without new tokens keeps the
-    `logits` that it had.
+    Every layer runs, unless `keep` [B,L] says which, or a `skipper` of scope `everywhere` decides;
+    such a skipper has to get a prompt in one piece. Returns the cache, the logits [B,V] after the
+    last token (a row without new tokens keeps the `logits` that it had), and what the skipper's
+    routers read.
     """
     steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     batch = {
@@ -134,11 +146,37 @@ def extend(
         "positions": cache.lengths[:, None] + steps,
         "segment_ids": (steps < counts[:, None]).astype(jnp.int32),
     }
+    wrap = stored = reading = None
+    if keep is not None:
+        wrap, stored = keep_wrap(keep & (counts > 0)[:, None]), keep.T
+    elif skipper is not None:
+        wrap = read_wrap(skipper, batch["segment_ids"] > 0)
     outputs = decoder.forward(
-        params, cfg, batch, dtype=as_dtype(dtype), cache=cache, cache_is_empty=empty
+        params, cfg, batch, dtype=as_dtype(dtype), cache=cache, cache_is_empty=empty, wrap=wrap
     )
+    if wrap is not None and keep is None:
+        reading = outputs.depth
+        stored = reading.keep
     new = _last_logits(outputs, jnp.maximum(counts - 1, 0))
-    return outputs.cache, jnp.where((counts > 0)[:, None], new, logits)
+    logits = jnp.where((counts > 0)[:, None], new, logits)
+    return _counted(cache, outputs.cache, counts, stored), logits, reading
+
+
+def _counted(before: KVCache, after: KVCache, new_b: jax.Array, stored: jax.Array | None):
+    """The cache `after` a forward that appended `new_b` [B] tokens, `stored` [L,B] being true.
+
+    In a union, the forward stores entries for rows that skip a layer too. They are not counted:
+    what follows them belongs to another stream.
+    """
+    if stored is None:
+        return after
+    return dataclasses.replace(after, valid=before.advance(new_b, stored).valid)
+
+
+@jax.jit
+def decided(skipper: Skipper, reading: Reading) -> jax.Array:
+    """The layers [B,L] that the routers chose for prompts that are read."""
+    return decide(skipper, reading)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -189,6 +227,7 @@ def admit(
         ignore_eos=put(state.ignore_eos, entrants.ignore_eos),
         keys=put(state.keys, keys),
         sampling=jax.tree.map(put, state.sampling, entrants.sampling),
+        keep=None if state.keep is None else put(state.keep, entrants.keep),
     )
     return state, drawn
 
@@ -205,12 +244,16 @@ def _is_eos(tokens: jax.Array, eos_ids: jax.Array) -> jax.Array:
 
 @flax.struct.dataclass
 class Decoded:
-    """What a call of `decode` drew: [B,chunk] each, of which a row's first `number` [B] hold."""
+    """What a call of `decode` drew: [B,chunk] each, of which a row's first `number` [B] hold.
+
+    `computed` []: layers computed, summed over the steps, where layers may be skipped.
+    """
 
     number: jax.Array
     tokens: jax.Array
     logprobs: jax.Array
     sampling_logprobs: jax.Array
+    computed: jax.Array | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype", "chunk"), donate_argnums=1)
@@ -227,12 +270,14 @@ def decode(
     """Draws up to `chunk` tokens in every slot that is not done.
 
     Ends when all are done, or with `leave_early` when one has become so (others wait for a slot).
+    Where slots have sets of layers, each step computes the layers that an active slot keeps.
     """
     batch = state.token.shape[0]
     floats = jnp.zeros((batch, chunk), jnp.float32)
     decoded = Decoded(
-        jnp.zeros(batch, jnp.int32), jnp.zeros((batch, chunk), jnp.int32), floats, floats
-    )
+        jnp.zeros(batch, jnp.int32), jnp.zeros((batch, chunk), jnp.int32), floats, floats,
+        None if state.keep is None else jnp.int32(0),
+    )  # fmt: skip
     free = state.done
 
     def go_on(carry):
@@ -248,14 +293,22 @@ def decode(
             "positions": state.cache.lengths[:, None],
             "segment_ids": active.astype(jnp.int32)[:, None],
         }
-        outputs = decoder.forward(params, cfg, inputs, dtype=as_dtype(dtype), cache=state.cache)
+        keep = None if state.keep is None else state.keep & active[:, None]
+        outputs = decoder.forward(
+            params, cfg, inputs, dtype=as_dtype(dtype), cache=state.cache,
+            wrap=None if keep is None else keep_wrap(keep),
+        )  # fmt: skip
+        cache, computed = outputs.cache, decoded.computed
+        if keep is not None:
+            cache = _counted(state.cache, cache, active.astype(jnp.int32), keep.T)
+            computed = computed + jnp.sum(outputs.depth, dtype=jnp.int32)
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
         drawn = sample(decoder.logits(outputs)[:, 0], state.sampling, keys)
         token = jnp.where(active, drawn.tokens, state.token)
         count = state.count + active
         ended = _is_eos(token, eos_ids) & ~state.ignore_eos
         state = dataclasses.replace(
-            state, cache=outputs.cache, token=token, count=count,
+            state, cache=cache, token=token, count=count,
             done=state.done | ended | (count >= state.limit),
         )  # fmt: skip
         decoded = Decoded(
@@ -263,6 +316,7 @@ def decode(
             decoded.tokens.at[:, i].set(token),
             decoded.logprobs.at[:, i].set(drawn.logprobs),
             decoded.sampling_logprobs.at[:, i].set(drawn.sampling_logprobs),
+            computed,
         )
         return i + 1, state, decoded
 

@@ -8,6 +8,8 @@ from typing import Literal
 
 import jax
 
+from jaxreason.rollout.layer_stats import LayerStats
+
 
 @dataclasses.dataclass(kw_only=True)
 class Stats:
@@ -22,6 +24,8 @@ class Stats:
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     compile_seconds: float = 0.0
+    layers: LayerStats | None = None
+    """What skipping did; None where no layer could be skipped."""
 
     @contextlib.contextmanager
     def timed(self, stage: Literal["prefill", "decode"]) -> Iterator[None]:

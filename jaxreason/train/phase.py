@@ -9,7 +9,6 @@ import optax
 from jaxreason.core.objective import Objective
 from jaxreason.core.outputs import Outputs
 
-
 # forward(params, batch, capture, key=None) -> Outputs; `params` holds all groups, `key` is the
 # step's and None outside training.
 Forward = Callable[..., Outputs]

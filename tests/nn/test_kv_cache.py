@@ -193,6 +193,28 @@ def test_missing_entries_are_found_and_recomputed():
     np.testing.assert_allclose(got[0], want, atol=2e-5)
 
 
+def test_rows_that_skip_other_layers_are_complete_where_they_run():
+    cache = prefilled().truncate(jnp.array([5, 6, 7]))
+    kept = jnp.array([[True, True, False], [False, True, False], [True, False, True]])  # [L,B]
+    cache = cache.advance(jnp.array([2, 1, 2]), kept)
+    np.testing.assert_array_equal(cache.valid, [[7, 7, 7], [5, 7, 7], [7, 6, 9]])
+    kv_cache.require_complete(cache, kept)
+    np.testing.assert_array_equal(kv_cache.complete_lengths(cache), [5, 6, 7])
+    more = kept.at[0, 2].set(True)
+    np.testing.assert_array_equal(kv_cache.complete_lengths(cache, more), [7, 7, 7])
+    with pytest.raises(UserError, match="^row 2 .* has 9 tokens, but some layer stored only 7"):
+        kv_cache.require_complete(cache, more)
+    # Branches of rows 2 and 0, whose own tokens the same layers store, or others.
+    parent = np.array([2, 0])
+    branched = kv_cache.branch(cache, parent, np.array([9, 7]), 4)
+    own = kept[:, parent]
+    kv_cache.require_complete(branched.advance(jnp.array([1, 1]), own), own)
+    with pytest.raises(UserError, match="^row 0 "):
+        kv_cache.require_complete(branched.advance(jnp.array([1, 1]), own), ~own)
+    with pytest.raises(UserError, match="^row 1 .* has 8 tokens, but some layer stored only 7"):
+        kv_cache.require_complete(branched.advance(jnp.array([1, 1]), own.at[2, 1].set(False)), own)
+
+
 def test_traced_parents_need_a_fan_out():
     with pytest.raises(ValueError, match="fan_out"):
         jax.jit(lambda c, p: kv_cache.branch(c, p, p, 2))(prefilled(), jnp.zeros(2, jnp.int32))

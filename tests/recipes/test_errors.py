@@ -269,7 +269,7 @@ def test_disk_full_in_a_small_file(what, room, capsys, monkeypatch):
     elif what == "facts":
         monkeypatch.setattr("jaxreason.recipes.facts.save", refuse)
     else:
-        monkeypatch.setattr("jaxreason.recipes.pretrain.report_for_run", refuse)
+        monkeypatch.setattr("jaxreason.recipes.execute.report_for_run", refuse)
     line = fails(capsys, TINY, *SHORT, f"--config.run.dir={room}/full_{what}")
     monkeypatch.undo()
     assert "disk is full" in line and not leftovers(room / f"full_{what}")

@@ -9,7 +9,7 @@ from jaxreason.core.mesh import MeshConfig
 from jaxreason.models.decoder import ModelConfig
 from jaxreason.nn.moe import Moe
 from jaxreason.recipes import resume
-from jaxreason.recipes.init import _merge
+from jaxreason.recipes.init import merge_shape
 from jaxreason.recipes.pretrain import PretrainConfig
 
 MOE = Moe(num_experts=4, top_k=2)
@@ -42,5 +42,5 @@ def test_experts_keep_the_settings_that_are_asked_for():
     wanted = dataclasses.replace(
         source, moe=dataclasses.replace(MOE, form="all_to_all", capacity_factor=1.25, balance=0.5)
     )
-    assert _merge(wanted, source, "there").moe == wanted.moe
-    assert _merge(ModelConfig(), source, "there").moe == MOE
+    assert merge_shape(wanted, source, "there").moe == wanted.moe
+    assert merge_shape(ModelConfig(), source, "there").moe == MOE

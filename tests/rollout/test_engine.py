@@ -8,6 +8,7 @@ from rollout_model import EOS_IDS, full_logprobs, greedy, ragged_prompts, tiny_m
 
 from jaxreason.core.errors import UserError
 from jaxreason.rollout import GREEDY, Request, Sampling, Stats, engine, generate, prepare, run
+from jaxreason.rollout import prompts as reading
 from jaxreason.rollout import slots as device
 from jaxreason.rollout.requests import encode_prompts
 
@@ -120,18 +121,18 @@ def test_few_programs_serve_many_lengths(model):
 
 def test_long_prompts_are_read_in_pieces(model, monkeypatch):
     want = generate(model, PROMPTS[2:6], GREEDY, max_new_tokens=6, slots=3)
-    monkeypatch.setattr(engine, "PIECE", 8)
+    monkeypatch.setattr(reading, "PIECE", 8)
     assert plain(generate(model, PROMPTS[2:6], GREEDY, max_new_tokens=6, slots=3)) == plain(want)
 
 
 @pytest.mark.parametrize("rows", range(1, 40))
 def test_groups_of_prompts_add_up(rows):
-    groups = list(engine.row_groups(rows))
+    groups = list(reading.row_groups(rows))
     assert sum(groups) == rows and set(groups) <= {1, 4, 16}
 
 
 def test_buckets():
-    assert [engine.bucket(n) for n in (1, 16, 17, 32, 33, 1000)] == [16, 16, 32, 32, 64, 1024]
+    assert [reading.bucket(n) for n in (1, 16, 17, 32, 33, 1000)] == [16, 16, 32, 32, 64, 1024]
 
 
 def test_without_a_tokenizer_tokens_go_in_and_come_out(model):

@@ -1,0 +1,1 @@
+"""Adaptive depth: methods that decide which layers run, each wrapped around a model as it is."""

@@ -1,0 +1,179 @@
+"""The model that fine-tuning starts from: found, identified, described beside the run.
+
+Under adapters the base is read whenever a run begins or goes on and is in none of its checkpoints;
+so the run keeps a hash of the base's weights, and goes on with no other.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from jaxreason.core.errors import UserError
+from jaxreason.core.text import Tokenizer, TokenizerConfig
+from jaxreason.models.decoder import ModelConfig
+from jaxreason.models.hf_text import template_of
+from jaxreason.models.model import Model
+from jaxreason.recipes import open_model
+from jaxreason.recipes.init import InitConfig, begun, merge_shape
+from jaxreason.train import load, manifest
+
+_BLOCKS, _BLOCK = 64, 1 << 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """What the model is that a run starts from; filled in when the run begins."""
+
+    sha256: str = ""
+    """Hash of its weights' files (see `recipes.base.identity`); a run goes on with no other."""
+    tokenizer: TokenizerConfig | None = None
+    """Its tokenizer, kept in the run's folder."""
+    family: str | None = None
+    """`model_type` of the Hugging Face config that it came from."""
+    eos_ids: tuple[int, ...] = ()
+    """Ids that end a completion."""
+    bos_id: int | None = None
+    """Id in front of a plain prompt."""
+    context: int | None = None
+    """Longest context, in tokens, that the source states."""
+    name: str = ""
+    """What it is called."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """An opened base: what a recipe needs of it before anything is loaded."""
+
+    init: InitConfig
+    """Names the very checkpoint."""
+    shape: ModelConfig
+    """Its shape in the forms that are wanted."""
+    card: BaseModel
+    model: Model
+    """Its tokenizer, template and end tokens; without parameters."""
+    load: open_model.Load | None
+    """What loads its parameters; None where a run goes on that has all parameters of its own."""
+    facts: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer, which a base has."""
+        assert self.model.tokenizer is not None
+        return self.model.tokenizer
+
+    def loader(self, mesh) -> Callable[[], Any]:
+        """What puts its parameters on a mesh in float32, once: later calls give the same arrays."""
+
+        def load():
+            assert self.load is not None  # Asked for only where a run begins, or its base is read.
+            return self.load("float32", mesh)
+
+        return functools.cache(load)
+
+
+def open_base(cfg: Any, *, frozen: bool) -> Base:
+    """Opens the model of `cfg.init.path`; nothing of its weights is loaded yet.
+
+    Args:
+      cfg: a recipe's config with the parts run, init, model (forms, and a shape where one is
+        demanded) and base (what a saved config says of it; it must be found again).
+      frozen: whether the base is read whenever the run goes on. Otherwise a run that has begun has
+        all parameters of its own, and its base may be gone.
+
+    Raises:
+      UserError: there is no such model, it has no tokenizer, or it is another than the run's.
+    """
+    init, run = cfg.init, epath.Path(cfg.run.dir).expanduser()
+    if not init.path:
+        raise UserError(
+            "init.path is empty; set --config.init.path to the model to fine-tune: a Hugging Face "
+            "folder, a .gguf file, a run or a checkpoint"
+        )
+    saved = begun(cfg.run.dir, type(cfg)) if cfg.run.dir else None
+    if saved is not None and saved.init.path == init.path and init.step is None:
+        init = saved.init
+    if saved is not None and not frozen:
+        shape = merge_shape(cfg.model, saved.model, f"the run in {run}")
+        kept = kept_model(saved, run)
+        return Base(init, shape, saved.base, kept, None, _facts(init, saved.base))
+    opened, load_params = open_model.inspect(init.path, step=init.step)
+    if opened.tokenizer is None:
+        raise UserError(f"{init.path} has no tokenizer; fine-tuning needs a model that has one")
+    step = opened.source.get("step")
+    if step is not None and not manifest.is_complete(manifest.absolute(init.path)):
+        init = dataclasses.replace(init, step=step)
+    card = BaseModel(
+        sha256=identity(init.path, init.step),
+        tokenizer=open_model.stored_settings(opened),
+        family=opened.family,
+        eos_ids=opened.eos_ids,
+        bos_id=opened.bos_id,
+        context=opened.context,
+        name=opened.name,
+    )
+    for before in (cfg.base, saved.base if saved is not None else cfg.base):
+        if before.sha256 and before.sha256 != card.sha256:
+            raise UserError(
+                f"{init.path} is another model than the run's base: its weights' hash is "
+                f"{card.sha256[:12]}, the run's {before.sha256[:12]}; give the base that the run "
+                "began with, or begin another run"
+            )
+    shape = merge_shape(cfg.model, opened.config, init.path)
+    return Base(init, shape, card, opened, load_params, _facts(init, card))
+
+
+def _facts(init: InitConfig, card: BaseModel) -> dict[str, Any]:
+    return {"base": init.path, "base_step": init.step, "base_sha256": card.sha256}
+
+
+def kept_model(saved: Any, run: epath.Path) -> Model:
+    """The model of a fine-tuned run, without parameters, from the run's own folder.
+
+    Raises:
+      UserError: a file of the tokenizer is gone or damaged.
+    """
+    files = open_model.travelling(run / "tokenizer")
+    card: BaseModel = saved.base
+    return Model(
+        params=None,
+        config=saved.model,
+        tokenizer=open_model.stored_tokenizer(card.tokenizer, run),
+        chat_template=template_of(files, str(run)),
+        eos_ids=card.eos_ids,
+        bos_id=card.bos_id,
+        name=run.name,
+        family=card.family,
+        context=card.context,
+        files=files,
+    )
+
+
+def identity(path: str | os.PathLike, step: int | None = None) -> str:
+    """SHA-256, in hex, of a model's weights: of the manifest of a checkpoint of ours, which holds
+    every file's hash; else of each weights file's size and 64 blocks spread over it.
+
+    So it does not depend on where the model lies. The blocks tell a model from any other that was
+    trained, and take a moment where the whole of a large model would take minutes.
+    """
+    text = os.fspath(path)
+    root = manifest.absolute(text)
+    if not text.endswith(".gguf") and open_model.is_ours(root):
+        files = manifest.read(load.find(root, step))["files"]
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    folder = epath.Path(os.path.expanduser(text))
+    files = [folder] if text.endswith(".gguf") else sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            digest.update(json.dumps(size).encode())
+            for block in range(_BLOCKS):
+                stream.seek(max(0, size - _BLOCK) * block // (_BLOCKS - 1))
+                digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()
