@@ -18,7 +18,7 @@ alone. An arm with adapters and one without have one setting.
 Time on 2 CPU cores with AMX and nothing beside, reckoned from 0.32 TFLOP/s in training (4 FLOPs a
 parameter and token under adapters, 2 more where FiRST reads all statistics first) for the 245,760
 tokens of a run: 7 minutes, FiRST 11, and 2 to 4 to compile. So `tune` (30 runs of half length) 3
-hours, `main` (48 runs with adapters, 16 without) 8, `evaluate` (4 minutes a run) 4, `time` 1.
+hours, `main` (42 runs with adapters, 18 without) 8, `evaluate` (4 minutes a run) 4, `time` 1.
 """
 
 import argparse
