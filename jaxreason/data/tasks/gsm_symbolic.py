@@ -108,7 +108,7 @@ def examples(cfg: GsmSymbolic) -> tuple[Example, ...]:
 def _problems(cfg: GsmSymbolic) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (template, problem of reasoning-gym)."""
     version()
-    from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import (
+    from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import (  # pyright: ignore
         GSMSymbolicDataset,
         GSMSymbolicDatasetConfig,
         tasks_ok,
