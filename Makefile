@@ -153,8 +153,8 @@ constraints: ## pin anew: the newest versions that pip finds for Python 3.12, in
 	if [ -z "$$python" ]; then echo "error: the pins are made with Python 3.12; name one:" \
 		"make constraints PYTHON=/path/to/python3.12" >&2; exit 2; fi; \
 	rm -rf $(VENV); mkdir -p $(dir $(VENV)); $(create_venv); \
-	$(PY) -m pip $(PIP_INSTALL) -e '.[dev]'; \
-	{ echo "# Exact versions of what '.[dev]' installs, for \`make venv\`; written by \`make constraints\`"; \
+	$(PY) -m pip $(PIP_INSTALL) -e '.[dev,tasks]'; \
+	{ echo "# Exact versions of what '.[dev,tasks]' installs, for \`make venv\`; written by \`make constraints\`"; \
 	  echo "# from a fresh environment of $$($(PY) --version). pyproject.toml holds the lower bounds."; \
 	  $(PY) -m pip freeze --exclude-editable; } > constraints.txt.new; \
 	mv constraints.txt.new constraints.txt; rm -rf $(VENV); \

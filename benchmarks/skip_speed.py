@@ -142,8 +142,9 @@ class Bench:
         read = {name: statistics.median(values) for name, values in prefill.items()}
         whole = read["plain"] + steps * middle["plain"]
         line = fit(kept, [middle[k] for k in kept])
-        # Routers read the prompt; in the token loop nothing of them is left but the conditionals.
-        overhead = (read["routers"] - read["plain"]) / whole
+        # Routers read the prompt; in the token loop the conditionals are left of them.
+        routed = read["routers"] + steps * middle["routers"]
+        overhead, reading = routed / whole - 1, (read["routers"] - read["plain"]) / whole
         return {
             "kept": kept, "ms_a_step": {str(k): middle[k] for k in kept},
             "ms_a_token": {str(k): middle[k] / rows for k in kept}, "fit": line,
@@ -151,6 +152,7 @@ class Bench:
             "plain_ms_a_step": middle["plain"], "routers_ms_a_step": middle["routers"],
             "conditionals_overhead": middle[kept[-1]] / middle["plain"] - 1,
             "prefill_ms": read, "router_overhead_of_the_whole": overhead,
+            "of_which_reading_the_prompt": reading,
             "router_overhead_of_the_prefill": read["routers"] / read["plain"] - 1,
             "passes": line["passes"] and programs == 1 and overhead < MOST_ROUTER,
             "rounds": {"decode_ms_a_step": {str(n): v for n, v in decode.items()},

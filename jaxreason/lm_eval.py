@@ -68,9 +68,10 @@ def register() -> type:
             if model is None:
                 if not checkpoint:
                     raise UserError("--model_args lacks checkpoint=MODEL")
-                from jaxreason.recipes.open_model import open_model
+                from jaxreason.recipes.open_model import check_whole, open_model
 
                 model = open_model(str(checkpoint), dtype=dtype)
+                check_whole(model, str(checkpoint), "scoring with the harness")
             if model.tokenizer is None:
                 raise UserError(f"{checkpoint} has no tokenizer, and lm-eval speaks text")
             self.batch_size = 8 if batch_size in ("auto", None) else int(batch_size)

@@ -83,13 +83,14 @@ class Pairs:
         ]
 
     def prompts(self, split: Split, count: int) -> list[list[int]]:
-        """The tokens before the first completion of a split's first `count` examples."""
+        """The tokens before the first completion of a split's first `count` examples with any."""
         store = self.stores[split]
         assert store.learned is not None
         found = []
-        for begin, end in zip(store.offsets[:-1][:count], store.offsets[1:][:count], strict=True):
+        for begin, end in zip(store.offsets[:-1], store.offsets[1:], strict=True):
             first = begin + int(np.argmax(store.learned[begin:end]))
-            found.append(store.tokens[begin:first].tolist())
+            if len(found) < count and first > begin:
+                found.append(store.tokens[begin:first].tolist())
         return found
 
 

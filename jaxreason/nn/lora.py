@@ -90,7 +90,9 @@ class LoraWeight:
         """`x` [B,T,...] as the adapter reads it: a part of it is 0, the rest is scaled up."""
         if self.keys is None:
             return x
-        keep = _random_bits(self.keys, x.shape) >= jnp.uint32(round(self.dropout * 2**32))
+        keep = _random_bits(self.keys, x.shape) >= jnp.uint32(
+            min(round(self.dropout * 2**32), 2**32 - 1)
+        )
         return jnp.where(keep, x * (1 / (1 - self.dropout)), jnp.zeros((), x.dtype))
 
 

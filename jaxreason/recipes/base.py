@@ -23,7 +23,7 @@ from jaxreason.recipes import open_model
 from jaxreason.recipes.init import InitConfig, begun, merge_shape
 from jaxreason.train import load, manifest
 
-_BLOCKS, _BLOCK = 64, 1 << 16
+_BLOCK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +103,7 @@ def open_base(cfg: Any, *, frozen: bool) -> Base:
         kept = kept_model(saved, run)
         return Base(init, shape, saved.base, kept, None, _facts(init, saved.base))
     opened, load_params = open_model.inspect(init.path, step=init.step)
+    open_model.check_whole(opened, init.path, "training from it")
     if opened.tokenizer is None:
         raise UserError(f"{init.path} has no tokenizer; fine-tuning needs a model that has one")
     step = opened.source.get("step")
@@ -156,10 +157,10 @@ def kept_model(saved: Any, run: epath.Path) -> Model:
 
 def identity(path: str | os.PathLike, step: int | None = None) -> str:
     """SHA-256, in hex, of a model's weights: of the manifest of a checkpoint of ours, which holds
-    every file's hash; else of each weights file's size and 64 blocks spread over it.
+    every file's hash; else of the weights files, read whole.
 
-    So it does not depend on where the model lies. The blocks tell a model from any other that was
-    trained, and take a moment where the whole of a large model would take minutes.
+    So it does not depend on where the model lies. That takes seconds a gigabyte; blocks alone
+    would not find an edit of a few layers.
     """
     text = os.fspath(path)
     root = manifest.absolute(text)
@@ -171,9 +172,8 @@ def identity(path: str | os.PathLike, step: int | None = None) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            digest.update(json.dumps(size).encode())
-            for block in range(_BLOCKS):
-                stream.seek(max(0, size - _BLOCK) * block // (_BLOCKS - 1))
-                digest.update(stream.read(_BLOCK))
+            digest.update(f"{stream.seek(0, os.SEEK_END)} ".encode())
+            stream.seek(0)
+            while block := stream.read(_BLOCK):
+                digest.update(block)
     return digest.hexdigest()

@@ -36,6 +36,7 @@ from jaxreason.recipes import recipes
 from jaxreason.recipes.open_model import (
     ConvertedModel,
     cast_params,
+    check_whole,
     inspect,
     is_ours,
     load_group,
@@ -87,6 +88,7 @@ def convert(
         # Adapters are added in float32, and the sum is rounded once.
         held = dtype if format == "orbax" and not lora else "float32"
         adapters = load_peft(lora, inspect(path, step=step)[0]) if lora else None
+        check_whole(inspect(path, step=step)[0], path, f"--format={format}")
         model = open_model(path, dtype="float32", param_dtype=held, step=step)
         if adapters is not None:
             params = lora_lib.merge(model.params, *adapters)
@@ -114,6 +116,7 @@ def _export_adapters(source: str, to: str | os.PathLike, *, dtype: str, step: in
     if cfg is None:
         raise UserError(f"{source} has no adapters; expected a run that trains some (lora)")
     model = inspect(source, step=step)[0]
+    check_whole(model, source, "the adapters alone")
     specs, meta = lora_lib.specs(decoder.specs(model.config), cfg), manifest.read_meta(folder)
     adapters = load_group(folder, meta, specs, "float32", None, "lora")
     base = getattr(getattr(saved, "init", None), "path", None)

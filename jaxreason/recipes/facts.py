@@ -95,20 +95,21 @@ def check_same_run(directory: epath.Path, facts: dict[str, Any]) -> None:
 
 
 def check_same_on_hosts(facts: dict[str, Any]) -> None:
-    """Raises UserError where this host reads other data than the first one.
+    """Raises UserError where this host reads other data, or another base, than the first one.
 
     The standard library's text, for one, depends on the host's Python.
     """
     if jax.process_count() == 1:
         return
     meet("data")  # One host may tokenise for minutes what another finds in its cache.
-    here = hashlib.sha256("".join(str(facts[name]) for name in SAME[:3]).encode()).digest()
+    names = ("corpus_sha256", "plan_sha256", "tokenizer", "base_sha256")
+    here = hashlib.sha256("".join(str(facts.get(name)) for name in names).encode()).digest()
     mine = np.frombuffer(here, np.uint8)
     first = np.asarray(multihost_utils.broadcast_one_to_all(mine))
     if any_host(not np.array_equal(mine, first)):
         raise UserError(
-            "the hosts read different data (corpus, plan or tokenizer); give all of them the same "
-            "files and the same Python version"
+            "the hosts read different data (corpus, plan, tokenizer or base model); give all of "
+            "them the same files and the same Python version"
         )
 
 

@@ -262,6 +262,7 @@ def build(cfg: SkippingConfig, *, items: Sequence[Item] | None = None) -> Built:
     """
     parts = finetune.open_parts(cfg, frozen=True, items=items)
     cfg, mesh, base, pairs = parts.cfg, parts.mesh, parts.base, parts.pairs
+    _check_turns(cfg, pairs)
     model = resolve_model(cfg, mesh)
     cfg.gating.decision.check(model.num_layers, cfg.gating.scope)
     whole, load = decoder.specs(model), base.loader(mesh)
@@ -291,8 +292,8 @@ def build(cfg: SkippingConfig, *, items: Sequence[Item] | None = None) -> Built:
         chosen = sets.choose(cfg.method, model.num_layers, influence)
         return initialise({"routers": static_routers(chosen, model.d_model)})
 
-    if not isinstance(cfg.method, FirstConfig | BlockInfluence):  # Refused before it runs.
-        sets.choose(cfg.method, model.num_layers, influence)
+    if not isinstance(cfg.method, FirstConfig):  # Refused before it runs.
+        sets.choose(cfg.method, model.num_layers, lambda _: np.zeros(model.num_layers))
     names = [field.name for field in dataclasses.fields(program)]
     described: dict[str, Any] = {name: getattr(program, name) for name in names}
     built = Built(
@@ -316,6 +317,23 @@ def build(cfg: SkippingConfig, *, items: Sequence[Item] | None = None) -> Built:
         specs=specs,
     )  # fmt: skip
     return built
+
+
+def _check_turns(cfg: SkippingConfig, pairs: Pairs) -> None:
+    """Raises UserError where a conversation has several learned replies.
+
+    Generation reads and decides each reply anew; in a row there is one decision, by what stands
+    before the first learned token.
+    """
+    if cfg.data.learned_turns == "last":
+        return
+    for item in (item for items in pairs.items.values() for item in items):
+        replies = sum(message["role"] == "assistant" for message in getattr(item, "messages", ()))
+        if replies > 1:
+            raise UserError(
+                f"{item.name or 'a conversation'} has {replies} replies, each of which would be "
+                "decided anew in generation; set data.learned_turns=last"
+            )
 
 
 def run(cfg: SkippingConfig, *, command: str = "") -> epath.Path:

@@ -49,6 +49,7 @@ def open_init(
         same = saved.init.path == cfg.path and cfg.step is None
         return saved.init if same else cfg, shape, None
     opened, load = open_model.inspect(cfg.path, step=cfg.step)
+    open_model.check_whole(opened, cfg.path, "training from it")
     shape = merge_shape(model, opened.config, cfg.path)
     known = open_model.fingerprints(opened.tokenizer)
     if known and tokenizer.fingerprint not in known and not _same(opened.tokenizer, tokenizer):

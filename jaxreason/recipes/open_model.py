@@ -82,6 +82,18 @@ def open_model(
     return dataclasses.replace(model, params=load_params(param_dtype, mesh), dtype=dtype)
 
 
+def check_whole(model: Model, path: str | os.PathLike, use: str) -> None:
+    """Raises UserError for a model that chooses its layers by prompt where `use` runs all of them.
+
+    Its adapters were trained for the layers that are left: with all of them it is another model.
+    """
+    if model.depth is not None:
+        raise UserError(
+            f"{path} chooses its layers by prompt, and {use} would run them all; use it with "
+            "jaxreason.generate, or give a model without routers"
+        )
+
+
 def inspect(path: str | os.PathLike, *, step: int | None = None) -> tuple[Model, Load]:
     """A model without its parameters, and what loads them: (precision, mesh) -> parameters.
 
@@ -254,7 +266,9 @@ def keep_tokenizer(
     for name, content in extra.items():
         if not (folder / name).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
+            part = folder / f".{name}.tmp"
+            part.write_bytes(content)
+            part.replace(folder / name)
 
 
 def stored_settings(model: Model) -> TokenizerConfig | None:

@@ -65,6 +65,9 @@ def changes(directory: epath.Path, cfg) -> list[tuple[str, object, object]]:
     # Where room is short, each device drops tokens of its own; the balance is a micro-batch's.
     bound = set() if moe is None else {"train.accumulate"}
     bound |= {"mesh"} if moe is not None and moe.capacity_factor else set()
+    method = getattr(cfg, "method", None)
+    if getattr(method, "rate_over", "") == "batch" and getattr(method, "rate_weight", 0):
+        bound.add("train.accumulate")  # The mean that is held is a micro-batch's own.
     moved = FREE_BASE if getattr(cfg, "frozen_base", False) else ()
     free = tuple(f"config.{name}" for name in (*FREE, *moved) if name not in bound)
     return [

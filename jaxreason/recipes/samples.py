@@ -64,6 +64,8 @@ def write_samples(
         batch = held_out.batch(0)
         whole = (batch["segment_ids"][:, :prompt_tokens] == 1).all(axis=1)
         prompts = [list(map(int, row)) for row in batch["tokens"][whole][:count, :prompt_tokens]]
+    if not prompts:
+        return []
     tokenizer = held_out.tokenizer
     model = Model(
         params=params,

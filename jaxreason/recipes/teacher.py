@@ -92,6 +92,7 @@ def check_tokenizer(teacher: Teacher, fingerprint: str) -> None:
 
 def _from_model(cfg: TeacherConfig, seq_len: int, dtype: str, mesh) -> Teacher:
     opened, load_params = open_model.inspect(cfg.path, step=cfg.step)
+    open_model.check_whole(opened, cfg.path, "a teacher")
     model = _resolve(opened.config, seq_len, dtype, mesh)
     if model.positions == "learned" and seq_len > model.max_positions:
         raise UserError(

@@ -37,3 +37,8 @@ def test_same_answer():
     assert not same_answer("so\n#### 2880", "x\n#### 288")
     with pytest.raises(ValueError, match="no ####"):
         same_answer("#### 1", "no mark")
+
+
+def test_a_reply_of_thousands_of_digits_is_just_wrong():
+    assert not same_answer("#### " + "7" * 5000, "#### 7")
+    assert not same_answer("#### 7/" + "7" * 5000, "#### 7")

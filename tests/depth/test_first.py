@@ -153,6 +153,16 @@ def test_penalties_equal_the_oracle(regulariser, rate_over, penalty_tokens):
     np.testing.assert_allclose(mean("depth/penalty"), total, rtol=1e-5)
 
 
+def test_soft_gates_report_the_layers_that_top_would_keep():
+    cfg = first.FirstConfig(decision=Decision(rule="top", kept=3))
+    x, gates = stack(first.training_wrap(cfg, ROUTERS, BATCH, hard=False), jnp.asarray(X))
+    _, metrics, _ = first.watched(cfg, L).terms(Outputs(x, {}, depth=gates), {}, BATCH, None, 0, 0)
+    assert float(metrics["depth/kept_layers"][0] / metrics["depth/kept_layers"][1]) == 3
+    has = np.asarray(segments.of_batch(BATCH).has_prompt())
+    inner = np.asarray(gates.p)[1:3, has]  # Of layers 1 and 2, the one with the larger p.
+    assert float(metrics["depth/keep_01"][0]) == (inner[0] >= inner[1]).sum()
+
+
 def test_micro_batches_add_up_to_the_batch():
     cfg = first.FirstConfig(rate_weight=1.0, regulariser="l2")
     _, gates = stack(first.training_wrap(cfg, ROUTERS, BATCH, hard=False), jnp.asarray(X))
@@ -163,7 +173,9 @@ def test_micro_batches_add_up_to_the_batch():
         part = dataclasses.replace(
             gates, p=gates.p[:, rows], mean=gates.mean[:, rows], keep=gates.keep[:, rows]
         )
-        sums, metrics, _ = objective.terms(Outputs(X, {}, depth=part), {}, batch, None, None, 0)
+        sums, metrics, _ = objective.terms(
+            Outputs(jnp.asarray(X), {}, depth=part), {}, batch, None, None, 0
+        )
         return sums, metrics, objective.denominators(batch)
 
     halves = [terms(slice(row, row + 1)) for row in (0, 1)]

@@ -25,6 +25,7 @@ from jaxreason.eval.perplexity import make_eval_step, perplexity
 from jaxreason.main import main
 from jaxreason.models import decoder
 from jaxreason.recipes import finetune, open_model
+from jaxreason.recipes.base import identity
 from jaxreason.recipes.convert import convert
 from jaxreason.rollout import GREEDY, generate
 from jaxreason.train import manifest
@@ -249,6 +250,19 @@ def stored(run: pathlib.Path) -> list[np.ndarray]:
     restored = saver.latest(built.abstract_state)
     assert restored is not None and restored.step == 20
     return [np.asarray(leaf) for leaf in jax.tree.leaves(restored.state)]
+
+
+def test_any_byte_of_the_base_is_part_of_its_identity(tmp_path):
+    rng = np.random.default_rng(0)
+    content = bytearray(rng.bytes(9 << 20))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    seen = {identity(tmp_path)}
+    for at in (0, len(content) - 1, *rng.integers(0, len(content), 6).tolist()):
+        content[at] ^= 1
+        file.write_bytes(content)
+        seen.add(identity(tmp_path))
+    assert len(seen) == 9
 
 
 def test_the_base_may_move_but_not_change(room, tmp_path, capsys):

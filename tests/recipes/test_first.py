@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from support import REPO
 from tiny_models import LLAMA, write_folder
 
 from jaxreason.core.errors import UserError
+from jaxreason.core.mesh import MeshConfig, make_mesh
+from jaxreason.data.pairs import Conversation
 from jaxreason.depth import first
 from jaxreason.depth.decision import Decision
 from jaxreason.depth.sets import most_influential
@@ -24,6 +27,8 @@ from jaxreason.models import decoder
 from jaxreason.models.hf import load_hf
 from jaxreason.recipes import first as recipe
 from jaxreason.recipes import open_model
+from jaxreason.recipes.convert import convert
+from jaxreason.recipes.teacher import TeacherConfig, open_teacher
 from jaxreason.rollout import GREEDY, generate
 from jaxreason.train import manifest
 from jaxreason.train.log import read_metrics
@@ -204,8 +209,39 @@ def test_wrong_configs_end_before_anything_runs(room, tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and message in err
         assert not folder.exists()
+    change = ["--config.method.kept=0", f"--config.run.dir={folder}"]
+    assert main(arguments(room, "influence", "none", *change)) == 2
+    assert "kept is 0" in capsys.readouterr().err and not folder.exists()
     with pytest.raises(UserError, match="nothing is trained"):
         dataclasses.replace(
             tiny_first.get_config("influence"), train=tiny_first.TrainConfig(steps=2)
         ).validate()
     assert Decision().always(4) == (True, False, False, True)
+
+
+def test_what_would_run_all_layers_refuses_a_run_that_chooses_them(room, tmp_path):
+    run = str(room / "run")
+    for format in ("hf", "orbax", "peft"):
+        with pytest.raises(UserError, match="chooses its layers by prompt"):
+            convert(run, tmp_path / format, format=format)
+        assert not (tmp_path / format).exists()
+    cfg = config(room)
+    with pytest.raises(UserError, match="training from it would run them all"):
+        recipe.build(dataclasses.replace(cfg, init=dataclasses.replace(cfg.init, path=run)))
+    with pytest.raises(UserError, match="a teacher would run them all"):
+        open_teacher(
+            TeacherConfig(path=run), seq_len=16, dtype="float32", mesh=make_mesh(MeshConfig())
+        )
+
+
+def test_conversations_of_several_replies_must_learn_the_last(room):
+    say = lambda role: {"role": role, "content": "a"}  # noqa: E731
+    turns = Conversation(messages=(say("user"), say("assistant")) * 2, name="talk.jsonl:3")
+    pairs = types.SimpleNamespace(items={"train": [turns], "held_out": []})
+    cfg = config(room)
+    with pytest.raises(UserError, match="talk.jsonl:3 has 2 replies.*learned_turns=last"):
+        recipe._check_turns(cfg, pairs)
+    last = dataclasses.replace(cfg.data, learned_turns="last")
+    recipe._check_turns(dataclasses.replace(cfg, data=last), pairs)
+    one = dataclasses.replace(turns, messages=turns.messages[:2])
+    recipe._check_turns(cfg, types.SimpleNamespace(items={"train": [one]}))

@@ -5,7 +5,8 @@ from fractions import Fraction
 
 ANSWER_MARK = "####"
 """What stands before the answer, on the last line of a solution (GSM8K, arXiv 2110.14168)."""
-_NUMBER = re.compile(r"[-+]?\$?\s*(\d[\d,]*(?:\.\d+)?)(?:/(\d+))?")
+# Bounded: a degenerate reply may have thousands of digits, which Python refuses to read.
+_NUMBER = re.compile(r"[-+]?\$?\s*(\d[\d,]{0,80}(?:\.\d{1,80})?)(?:/(\d{1,80}))?")
 
 
 def marked_answer(text: str) -> Fraction | None:

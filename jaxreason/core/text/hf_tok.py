@@ -128,7 +128,9 @@ class HfTokenizer:
         """Writes `tokenizer.json` into `folder`; returns the config that loads it there."""
         path = epath.Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self._json)
+        part = path.parent / ".tokenizer.json.tmp"
+        part.write_text(self._json)
+        part.replace(path)
         return dataclasses.replace(self.settings, path=str(path))
 
 
