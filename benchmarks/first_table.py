@@ -53,9 +53,9 @@ TUNING: dict[str, list[dict[str, object]]] = {
     "random": _RATES,
     "influence": _RATES,
     "first": [
-        {"optim.learning_rate": 5e-4, "router_optim.learning_rate": 3e-3},
+        {"optim.learning_rate": 5e-4, "router_optim.learning_rate": 1e-3},
+        {"optim.learning_rate": 1e-3, "router_optim.learning_rate": 1e-3},
         {"optim.learning_rate": 1e-3, "router_optim.learning_rate": 3e-3},
-        {"optim.learning_rate": 1e-3, "router_optim.learning_rate": 1e-2},
     ],
 }
 LEAST_TOKENS = 200_000
@@ -269,6 +269,9 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the runs and do nothing")
     args = parser.parse_args()
     until, tasks = time.time() + 60 * args.minutes, args.tasks.split(",")
+    for flag, got, known in (("tasks", tasks, TASKS), ("methods", args.methods.split(","), TUNING)):
+        if unknown := [name for name in got if name not in known]:
+            parser.error(f"--{flag}: {unknown[0]!r}; expected some of {', '.join(known)}")
     if args.stage == "summary":
         from benchmarks.first_report import write
         from benchmarks.first_summary import summary

@@ -80,6 +80,11 @@ class FirstConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not 0 <= self.rate_target <= 1:
             raise UserError(f"rate_target is {self.rate_target}; expected a share from 0 to 1")
+        if (self.decision.rule, self.gate, self.form) == ("top", "token", "straight_through"):
+            raise UserError(
+                "decision.rule is top with gate token and form straight_through, whose gates are "
+                "each token's own threshold; set gate to sequence, or form to soft"
+            )
 
 
 @flax.struct.dataclass

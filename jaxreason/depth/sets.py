@@ -43,6 +43,11 @@ class RandomLayers:
     scope: Scope = "decode_only"
     """Where layers are skipped."""
 
+    def validate(self) -> None:
+        """Raises UserError for a seed that NumPy does not take."""
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; expected 0 or more")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockInfluence:

@@ -293,7 +293,10 @@ def base_of(saved: Any, run: epath.Path) -> open_model.Load:
         _, load = open_model.inspect(init.path, step=init.step)
         found = identity(init.path, init.step)
     except UserError as error:
-        raise UserError(f"the base of the run {run} does not open: {error}") from None
+        raise UserError(
+            f"the base of the run {run} does not open: {error}; where it has moved, start the "
+            "run's command once with --config.init.path set to where it is now"
+        ) from None
     if found != saved.base.sha256:
         raise UserError(
             f"the base of the run {run} was another model than {init.path} holds now: its weights' "

@@ -19,7 +19,7 @@ from jaxreason.core.mesh import MeshConfig, make_mesh
 from jaxreason.data.pairs import Conversation
 from jaxreason.depth import first
 from jaxreason.depth.decision import Decision
-from jaxreason.depth.sets import most_influential
+from jaxreason.depth.sets import RandomLayers, most_influential
 from jaxreason.depth.unified import unified_set
 from jaxreason.eval.perplexity import make_eval_step, perplexity
 from jaxreason.main import main
@@ -202,6 +202,15 @@ def test_wrong_configs_end_before_anything_runs(room, tmp_path, capsys):
         (["--config.method.decision.rule=top", "--config.method.decision.kept=9"], "kept is 9"),
         (["--config.method.decision.rule=top", "--config.method.scope=everywhere"], "everywhere"),
         (["--config.method.alpha=-1"], "alpha is -1"),
+        (
+            [
+                "--config.method.decision.rule=top",
+                "--config.method.decision.kept=3",
+                "--config.method.gate=token",
+                "--config.method.form=straight_through",
+            ],
+            "set gate to sequence",
+        ),
     ):
         capsys.readouterr()
         folder = tmp_path / "none"
@@ -212,6 +221,8 @@ def test_wrong_configs_end_before_anything_runs(room, tmp_path, capsys):
     change = ["--config.method.kept=0", f"--config.run.dir={folder}"]
     assert main(arguments(room, "influence", "none", *change)) == 2
     assert "kept is 0" in capsys.readouterr().err and not folder.exists()
+    with pytest.raises(UserError, match="seed is -1"):
+        RandomLayers(kept=2, seed=-1).validate()
     with pytest.raises(UserError, match="nothing is trained"):
         dataclasses.replace(
             tiny_first.get_config("influence"), train=tiny_first.TrainConfig(steps=2)
