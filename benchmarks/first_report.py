@@ -30,7 +30,8 @@ def write(path: pathlib.Path, result: Mapping) -> None:
         "<header><h1>FiRST on SmolLM2-135M</h1>"
         '<p class="lead">Quality against measured time a token, batch 1. Time is a share of the '
         "same weights’ with all layers, measured in turn; bars are 95 % bootstrap intervals over "
-        "test examples and seeds.</p></header>"
+        "test examples and seeds, too narrow for few seeds and for examples of a kind "
+        "(jaxreason/eval/bootstrap.py).</p></header>"
     ]
     for task, found in result["tasks"].items():
         body.append(f"<h2>{html.escape(task)}, {found['examples']} test examples</h2>")

@@ -223,10 +223,6 @@ def main() -> None:
     args = parser.parse_args()
     platform.prepare(restart=True, onednn=False)  # As `jaxreason.generate` does.
     platform.compilation_cache()
-
-    import jax
-    import jaxlib
-
     load_at_start, found = os.getloadavg()[0], {}
     for dtype in args.dtypes.split(","):
         model = load(args, dtype)
@@ -238,8 +234,15 @@ def main() -> None:
                 found[dtype][str(batch)]["mixed"] = bench.mixed()
             show(f"{dtype}, batch {batch}", found[dtype][str(batch)])
             sys.stdout.flush()
-    if not args.out:
-        return
+            if args.out:
+                write(args, found, load_at_start)
+
+
+def write(args, found: dict[str, Any], load_at_start: float) -> None:
+    """Writes what has been measured so far: a run that is cut short keeps it."""
+    import jax
+    import jaxlib
+
     result = {
         "settings": {k: v for k, v in vars(args).items() if k not in ("model", "out")},
         "weights": pathlib.Path(args.model).name if args.model else "random",

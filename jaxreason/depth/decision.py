@@ -144,7 +144,8 @@ def read_wrap(skipper: Skipper, valid_bt: jax.Array) -> LayerWrap:
 def decide(skipper: Skipper, reading: Reading) -> jax.Array:
     """The layers that run for each prompt's later tokens, bool [B,L].
 
-    A prompt with degenerate statistics (no token, or a sum that is not finite) keeps every layer.
+    A prompt without a token keeps every layer. A sum that is not finite keeps its own layer under
+    the rule threshold, and every layer under top, whose ranking it would spoil.
     """
     if skipper.scope == "everywhere":
         return reading.keep.T

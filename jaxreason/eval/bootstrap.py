@@ -2,8 +2,14 @@
 
 Scores are arrays [S,E]: S seeds (runs), E examples, the same ones for every seed and arm. One
 resample draws S seeds and E examples with replacement and takes the mean of the drawn rows and
-columns, so an interval covers both another test set and another run. Efron and Tibshirani 1993,
+columns, so an interval is about both another test set and another run. Efron and Tibshirani 1993,
 percentile intervals.
+
+They are too narrow in two cases. Of three seeds whose noise outweighs that of the examples, a
+"95 %" interval held the true mean in 82 % of 400 simulated trials (93 % where examples outweigh):
+three draws have no tails. And examples are drawn one by one: where those of a group are alike, as
+the docstrings of one package, the interval knows nothing of it (67 % in a simulation with the 15
+groups of that task's test part).
 """
 
 from typing import NamedTuple

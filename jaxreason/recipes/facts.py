@@ -19,6 +19,7 @@ from jaxreason.core import params as P
 from jaxreason.core.errors import UserError
 from jaxreason.models import decoder
 from jaxreason.train.hosts import any_host, meet
+from jaxreason.train.manifest import atomic_write
 
 # A resumed run must read the same rows, teacher and base; otherwise its steps mean something else.
 SAME = ("corpus_sha256", "plan_sha256", "tokenizer", "teacher_step", "base_sha256")
@@ -116,6 +117,4 @@ def check_same_on_hosts(facts: dict[str, Any]) -> None:
 def save(facts: dict[str, Any], directory: epath.Path) -> None:
     """Writes `facts.json` in one rename."""
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / ".facts.json.tmp"
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    temporary.replace(directory / "facts.json")
+    atomic_write(directory / "facts.json", json.dumps(facts, indent=1) + "\n")
