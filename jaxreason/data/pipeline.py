@@ -48,6 +48,8 @@ class Dataset:
         """Global batches in one pass, of the held-out split at most `held_out_batches`."""
         if max_batches is not None:
             self.num_batches = min(self.num_batches, max_batches)
+        self.completions_only = any(store.learned is not None for store in stores)
+        """Whether only completions are learned, so that most targets have no weight."""
         self._stores, self._plan, self._endless = list(stores), plan, endless
         self._seq_len = plan.settings["seq_len"]
         self._global_rows, self._rows = batch_size, batch_size // process_count
@@ -90,7 +92,7 @@ class Dataset:
         out: dict[str, np.ndarray] = {name: np.zeros(size, np.int32) for name in names}
         out["loss_weights"] = np.zeros(size, np.float32)
         out["example_id"] = np.full(size, -1, np.int32)
-        if any(store.learned is not None for store in self._stores):
+        if self.completions_only:
             out["prompt_mask"] = np.zeros(size, np.float32)
         for source, places, spans in self._plan.spans(rows):
             store = self._stores[source]

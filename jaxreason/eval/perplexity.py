@@ -13,15 +13,20 @@ from jaxreason.nn.cross_entropy import cross_entropy
 
 
 def make_eval_step(
-    forward: Callable[[Any, Mapping[str, jax.Array]], Outputs], chunk: int = 0
+    forward: Callable[[Any, Mapping[str, jax.Array]], Outputs],
+    chunk: int = 0,
+    sparse: bool = False,
 ) -> Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]:
-    """Returns `step(params, batch) -> {nll, correct, tokens}`: sums of one batch, to be jitted."""
+    """Returns `step(params, batch) -> {nll, correct, tokens}`: sums of one batch, to be jitted.
+
+    `sparse` says that most tokens have no weight (nn.cross_entropy).
+    """
 
     def step(params, batch):
         outputs = forward(params, batch)
         sums = cross_entropy(
             outputs.final, outputs.unembed, batch["targets"], batch["loss_weights"],
-            0.0, outputs.soft_cap, chunk, outputs.kernels,
+            0.0, outputs.soft_cap, chunk, outputs.kernels, sparse,
         )  # fmt: skip
         tokens = jnp.sum(batch["loss_weights"], dtype=jnp.float32)
         return {"nll": sums.nll, "correct": sums.correct, "tokens": tokens}

@@ -10,6 +10,8 @@ from jaxreason.nn.attention import attention, make_mask, reference_attention
 from jaxreason.nn.kernels import decode
 from jaxreason.nn.kv_cache import BranchCache, KVCache, append
 
+# Up to so many new tokens a row, the CPU attends as a token loop does (drafts that are verified).
+FEW_TOKENS = 32
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
@@ -48,6 +50,8 @@ def attend_to_cache(
             return _first_tokens(positions, segments, window, soft_cap, kernels), written
         if positions.shape[1] == 1 and kernels == "cpu":
             return _one_token(own, written, seen, soft_cap), written
+        if positions.shape[1] <= FEW_TOKENS and kernels == "cpu":
+            return _few_tokens(own, seen, soft_cap), written
         return attend, written
 
     shared = jnp.arange(cache.prefix.capacity, dtype=jnp.int32)[None, None, :]
@@ -90,6 +94,36 @@ def _one_token(cache: KVCache, written: jax.Array, seen: jax.Array, soft_cap) ->
     def attend(q, k, v, layer):
         k_all, v_all = decode.append(layer[0], layer[1], k[:, 0], v[:, 0], at)
         return decode.attend(q[:, 0], k_all, v_all, bias, soft_cap)[:, None], (k_all, v_all)
+
+    return attend
+
+
+def _few_tokens(cache: KVCache, seen: jax.Array, soft_cap) -> Attend:
+    """The CPU's form of a few tokens behind a long cache, which is read where it lies.
+
+    The arithmetic is that of `decode.attend`, so that tokens drafted one by one and verified
+    together differ by the order of sums alone.
+    """
+    bias = jax.lax.optimization_barrier(jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min))
+
+    def attend(q, k, v, layer):
+        b, t, h, d = q.shape
+        k_all, v_all = append(layer[0], layer[1], k, v, cache.lengths)
+        if b == 1:  # As in `decode.append`: XLA would write twice and copy the cache.
+            k_all, v_all = jax.lax.optimization_barrier((k_all, v_all))
+        groups = k_all.shape[1]
+        q = (q * jnp.asarray(d**-0.5, q.dtype)).reshape(b, t, groups, h // groups, d)
+        keys, values = k_all.astype(q.dtype), v_all.astype(q.dtype)
+        scores = jax.lax.optimization_barrier(jnp.einsum("btgrk,bgsk->bgtrs", q, keys))
+        scores = scores.astype(jnp.float32)
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores = scores + bias[:, None, :, None]
+        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        total = weights.sum(axis=-1, keepdims=True)
+        o = jnp.einsum("bgtrs,bgsk->bgtrk", weights.astype(q.dtype), values)
+        o = (jax.lax.optimization_barrier(o).astype(jnp.float32) / total).astype(q.dtype)
+        return o.transpose(0, 2, 1, 3, 4).reshape(b, t, h, d), (k_all, v_all)
 
     return attend
 

@@ -108,7 +108,36 @@ def _chunk_sums(hidden, unembed, targets, weights, z_loss, soft_cap, kernels):
     return TokenLoss(nll + z_loss * z_squared, nll, z_squared, correct), (logits, log_z)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _weighted_first(weights_bt: jax.Array, cut: tuple[int, int]) -> jax.Array | None:
+    """[B,T]: the order that puts a row's weighted tokens before the others; None for a cut row."""
+    return jnp.argsort(weights_bt == 0, axis=1, stable=True) if cut[1] == 1 else None
+
+
+def _ordered(x: jax.Array, order_bt: jax.Array | None) -> jax.Array:
+    """[B,T,...] with the tokens of every row in another order."""
+    if order_bt is None:
+        return x
+    return jnp.take_along_axis(x, order_bt.reshape(*order_bt.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def _sparse_chunk(time: int, chunk: int) -> int:
+    """Tokens a row to treat at once where most have no weight: an eighth of the row at most."""
+    chunk = min(chunk, max(1, time // 8))
+    while time % chunk:
+        chunk -= 1
+    return chunk
+
+
+def _plan(targets_bt, weights_bt, vocab: int, chunk: int, sparse: bool):
+    """The cut, the chunk and the order of a batch's tokens."""
+    cut, chunk = _cut(targets_bt.shape, vocab, chunk)
+    order = _weighted_first(weights_bt, cut) if sparse else None
+    if order is not None:
+        chunk = _sparse_chunk(targets_bt.shape[1], chunk)
+    return cut, chunk, order
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
 def cross_entropy(
     hidden_btd: jax.Array,
     unembed_dv: jax.Array,
@@ -118,28 +147,45 @@ def cross_entropy(
     soft_cap: float | None = None,
     chunk: int = 0,
     kernels: str = "xla",
+    sparse: bool = False,
 ) -> TokenLoss:
     """Sum over tokens of `w * (logsumexp - logit[target] + z_loss * logsumexp^2)`, in nats.
 
     Only `.loss` may be differentiated, with respect to `hidden` and `unembed`: its gradient is
-    computed chunk by chunk beside the forward, so no logits are kept and none is computed twice.
+    computed chunk by chunk beside the forward, so no logits are kept and none is computed twice;
+    none of a frozen `unembed` is computed. `sparse` is for batches in which most tokens have no
+    weight: the others come first, and chunks without any are passed over (unless the mesh cuts the
+    sequence, which makes it void).
     """
-    cut, chunk = _cut(targets_bt.shape, unembed_dv.shape[1], chunk)
+    cut, chunk, order = _plan(targets_bt, weights_bt, unembed_dv.shape[1], chunk, sparse)
     unembed = _each(unembed_dv, cut)
 
+    def sums_of(xs):
+        return _chunk_sums(xs[0], unembed, xs[1], xs[2], z_loss, soft_cap, kernels)[0]
+
     def body(total, xs):
-        sums, _ = _chunk_sums(xs[0], unembed, xs[1], xs[2], z_loss, soft_cap, kernels)
+        if order is None:
+            sums = sums_of(xs)
+        else:
+            sums = jax.lax.cond(jnp.any(xs[2] != 0), sums_of, lambda _: _zero(), xs)
         return jax.tree.map(jnp.add, total, sums), None
 
-    xs = tuple(_split(x, cut, chunk) for x in (hidden_btd, targets_bt, weights_bt))
+    batch = (hidden_btd, targets_bt, weights_bt)
+    xs = tuple(_split(_ordered(x, order), cut, chunk) for x in batch)
     return jax.lax.scan(body, _zero(), xs)[0]
 
 
-def _forward(hidden_btd, unembed_dv, targets_bt, weights_bt, z_loss, soft_cap, chunk, kernels):
-    cut, chunk = _cut(targets_bt.shape, unembed_dv.shape[1], chunk)
+def _forward(
+    hidden_btd, unembed_dv, targets_bt, weights_bt, z_loss, soft_cap, chunk, kernels, sparse
+):
+    learned = unembed_dv.perturbed
+    batch = tuple(x.value for x in (hidden_btd, targets_bt, weights_bt))
+    hidden_btd, targets_bt, weights_bt = batch
+    unembed_dv = unembed_dv.value
+    cut, chunk, order = _plan(targets_bt, weights_bt, unembed_dv.shape[1], chunk, sparse)
     unembed = _each(unembed_dv, cut)
 
-    def body(carry, xs):
+    def gradients_of(carry, xs):
         total, d_unembed = carry
         hidden, targets, weights = xs
         sums, (logits, log_z) = _chunk_sums(
@@ -154,33 +200,46 @@ def _forward(hidden_btd, unembed_dv, targets_bt, weights_bt, z_loss, soft_cap, c
         d = d.astype(hidden.dtype)
         if kernels == "cpu" and cut == (1, 1):
             d_hidden = linear(d, unembed.T, kernels)
-            rows = hidden.reshape(-1, hidden.shape[-1])
-            d_unembed += (rows.T @ d.reshape(-1, d.shape[-1])).astype(jnp.float32)
+            if learned:
+                rows = hidden.reshape(-1, hidden.shape[-1])
+                d_unembed += (rows.T @ d.reshape(-1, d.shape[-1])).astype(jnp.float32)
         else:
             d_hidden = jnp.einsum("...btv,...dv->...btd", d, unembed)
-            d_unembed += jnp.einsum(
-                "...btd,...btv->...dv", hidden, d, preferred_element_type=jnp.float32
-            )
+            if learned:
+                d_unembed += jnp.einsum(
+                    "...btd,...btv->...dv", hidden, d, preferred_element_type=jnp.float32
+                )
         return (jax.tree.map(jnp.add, total, sums), d_unembed), d_hidden
 
-    xs = tuple(_split(x, cut, chunk) for x in (hidden_btd, targets_bt, weights_bt))
-    start = (_zero(), _each(jnp.zeros(unembed_dv.shape, jnp.float32), cut))
-    (sums, d_unembed), d_hidden = jax.lax.scan(body, start, xs)
+    def body(carry, xs):
+        if order is None:
+            return gradients_of(carry, xs)
+        passed = lambda carry, xs: (carry, jnp.zeros_like(xs[0]))  # noqa: E731
+        return jax.lax.cond(jnp.any(xs[2] != 0), gradients_of, passed, carry, xs)
+
+    xs = tuple(_split(_ordered(x, order), cut, chunk) for x in batch)
+    table = _each(jnp.zeros(unembed_dv.shape, jnp.float32), cut) if learned else None
+    (sums, d_unembed), d_hidden = jax.lax.scan(body, (_zero(), table), xs)
     d_hidden = _join(d_hidden, cut, hidden_btd.shape)
-    if cut != (1, 1):  # Over the devices, to where the parameter's parts lie.
+    if order is not None:
+        d_hidden = _ordered(d_hidden, jnp.argsort(order, axis=1))
+    if d_unembed is not None and cut != (1, 1):  # Over the devices, to where the parameter's parts lie.
         d_unembed = shard(d_unembed.sum((0, 1)), "embed", "vocab", rules=PARAM_RULES)
     return sums, (d_hidden, d_unembed, unembed_dv[:0])
 
 
-def _backward(z_loss, soft_cap, chunk, kernels, saved, cotangent):
+def _backward(z_loss, soft_cap, chunk, kernels, sparse, saved, cotangent):
     d_hidden, d_unembed, like = saved
     g = cotangent.loss
+    if isinstance(g, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
     # In float32: a denominator rounded to bfloat16 would weigh this term up to 0.4 % wrong.
     d_hidden = (d_hidden.astype(jnp.float32) * g).astype(d_hidden.dtype)
-    return (d_hidden, (d_unembed * g).astype(like.dtype), None, None)
+    d_unembed = None if d_unembed is None else (d_unembed * g).astype(like.dtype)
+    return d_hidden, d_unembed, None, None
 
 
-cross_entropy.defvjp(_forward, _backward)
+cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def distillation(

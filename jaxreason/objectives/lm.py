@@ -15,11 +15,16 @@ class NextToken:
 
 
 def next_token(
-    *, z_loss: float = 0.0, chunk: int = 0, coefficient: Schedule | None = None
+    *,
+    z_loss: float = 0.0,
+    chunk: int = 0,
+    sparse: bool = False,
+    coefficient: Schedule | None = None,
 ) -> Objective:
     """Mean over weighted tokens of `-log p(target)`, plus `z_loss * logsumexp^2` (PaLM).
 
     `chunk` is the number of tokens a row whose float32 logits are held at once (0: automatic).
+    `sparse`: most tokens have no weight, as where prompts are not learned; it changes the time only.
     """
 
     def denominators(batch):
@@ -29,7 +34,7 @@ def next_token(
         weights = batch["loss_weights"]
         sums = cross_entropy(
             outputs.final, outputs.unembed, batch["targets"], weights,
-            z_loss, outputs.soft_cap, chunk, outputs.kernels,
+            z_loss, outputs.soft_cap, chunk, outputs.kernels, sparse,
         )  # fmt: skip
         count = jnp.sum(weights, dtype=jnp.float32)
         metrics = {

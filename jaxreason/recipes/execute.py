@@ -103,7 +103,8 @@ class Built(Program):
         """Held-out loss of a state, by the forward of the phase that made it."""
         forward = self.phase_of(state).forward or self.forward
         if forward not in self._eval_steps:
-            self._eval_steps[forward] = jax.jit(make_eval_step(forward, self.cfg.logit_chunk))
+            step = make_eval_step(forward, self.cfg.logit_chunk, self.held_out.completions_only)
+            self._eval_steps[forward] = jax.jit(step)
         batches = (self.put(batch) for _, batch in self.held_out.iterate())
         params = self.groups(state)
         bytes_per_token = self.held_out.bytes_per_token

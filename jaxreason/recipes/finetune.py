@@ -139,7 +139,7 @@ def open_parts(cfg: Any, *, frozen: bool, items: Sequence[Item] | None = None) -
 
 def completion_objective(cfg: Any) -> Objective:
     """Next-token prediction of the completions, and the router's losses of a model of experts."""
-    plain = next_token(z_loss=cfg.z_loss, chunk=cfg.logit_chunk)
+    plain = next_token(z_loss=cfg.z_loss, chunk=cfg.logit_chunk, sparse=True)
     moe = cfg.model.moe
     return plain if moe is None else combine(plain, router_losses(moe))
 

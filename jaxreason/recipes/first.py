@@ -218,7 +218,7 @@ class Built(execute.Built):
                 seen.append(forward(params, batch))
                 return seen[0]
 
-            sums = make_eval_step(keep_outputs, self.cfg.logit_chunk)(params, batch)
+            sums = make_eval_step(keep_outputs, self.cfg.logit_chunk, True)(params, batch)
             _, metrics, _ = watch.terms(seen[0], {}, batch, None, None, 0)
             return sums, metrics
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxreason.nn import cross_entropy as cross_entropy_module
 from jaxreason.nn.cross_entropy import auto_chunk, cross_entropy, distillation
 
 B, T, D, V = 3, 8, 16, 50
@@ -90,3 +91,51 @@ def test_distillation_equals_kl(temperature):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
     same = distillation(h, w, h, w, weights, chunk=2)
     np.testing.assert_allclose(same, 0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_unweighted_chunks_passed_over_change_nothing(frozen):
+    h, w, y, _ = arrays()
+    weights = jnp.zeros((B, T)).at[0, 5].set(2.0).at[2, 1].set(1.0).at[2, 7].set(0.5)
+
+    def losses(sparse):
+        def f(h, w):
+            return cross_entropy(h, w, y, weights, 0.01, 4.0, 0, "xla", sparse)
+
+        of_loss = jax.value_and_grad(lambda *a: f(*a).loss, 0 if frozen else (0, 1))
+        return jax.jit(lambda: (f(h, w), of_loss(h, w)))()
+
+    for a, b in zip(jax.tree.leaves(losses(True)), jax.tree.leaves(losses(False)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_only_weighted_chunks_make_logits():
+    """Counted by a callback in the branch: 2 of the 8 chunks hold the weighted tokens."""
+    h, w, y, _ = arrays()
+    weights = jnp.zeros((B, T)).at[0, 5].set(1.0).at[2, 1].set(1.0).at[2, 7].set(1.0)
+    calls, logits = [], cross_entropy_module._logits
+
+    def counted(*args):
+        jax.debug.callback(lambda: calls.append(1))
+        return logits(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy_module, "_logits", counted)
+        f = jax.jit(lambda h: cross_entropy(h, w, y, weights, 0.0, None, 0, "xla", True).loss)
+        f(h).block_until_ready()
+        jax.effects_barrier()
+        assert len(calls) == 2
+        jax.jit(jax.grad(f))(h).block_until_ready()
+        jax.effects_barrier()
+        assert len(calls) == 4
+
+
+def test_a_frozen_table_has_no_gradient_work():
+    """The compiled gradient by `hidden` alone multiplies twice a chunk, not three times."""
+    h, w, y, weights = arrays()
+
+    def products(argnums):
+        f = jax.grad(lambda h, w: cross_entropy(h, w, y, weights, 0.0, None, 4).loss, argnums)
+        return jax.jit(f).lower(h, w).as_text().count("dot_general")
+
+    assert (products(0), products((0, 1))) == (2, 3)
