@@ -5,6 +5,7 @@ The tokens stay in memory; a run that goes on reads and encodes its examples ane
 hold their hash.
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -69,18 +70,26 @@ class Pairs:
         )
 
     def notes(self) -> list[str]:
-        """What became of the examples that are longer than a row; nothing where none is."""
+        """Examples longer than a row, and a held-out part that one group makes large."""
         dropped, cut = (
             sum(self.counts[f"{split}_{what}"] for split in self.stores)
             for what in ("dropped", "truncated")
         )
-        if not dropped and not cut:
-            return []
-        count = sum(map(len, self.items.values())) + dropped
-        return [
-            f"{dropped + cut} of {count} examples are longer than data.seq_len={self.cfg.seq_len}: "
-            f"{dropped} left out, {cut} cut"
-        ]
+        count, found = sum(map(len, self.items.values())) + dropped, []
+        if dropped or cut:
+            found.append(
+                f"{dropped + cut} of {count} examples are longer than "
+                f"data.seq_len={self.cfg.seq_len}: {dropped} left out, {cut} cut"
+            )
+        held, wanted = self.counts["held_out_examples"], self.cfg.held_out_fraction * count
+        groups = collections.Counter(item.group or item.context for item in self.items["held_out"])
+        (name, size), *_ = groups.most_common(1)
+        if held > 1.5 * wanted and size > max(1, held - wanted):
+            found.append(
+                f"the held-out part has {held} of {count} examples, more than the {wanted:.0f} of "
+                f"data.held_out_fraction, since a group stays whole: {name[:40]!r} has {size}"
+            )
+        return found
 
     def prompts(self, split: Split, count: int) -> list[list[int]]:
         """The tokens before the first completion of a split's first `count` examples with any."""

@@ -1,7 +1,7 @@
 """Task scores: a model's answers to examples, each scored and kept as a line of JSON.
 
-What answers is passed in (`complete`), so this knows no sampler; a file of records that is there
-is gone on with.
+What answers is passed in (`complete`), so this knows no sampler. A file of records that is there
+is gone on with, as far as its records were asked the same (`asked`) of the same model.
 """
 
 import dataclasses
@@ -52,6 +52,8 @@ class Record:
 
     name: str
     group: str
+    """What it shares with other examples (a docstring's package), for draws of whole groups; empty:
+    nothing."""
     reference: str
     text: str
     scores: dict[str, float]
@@ -60,6 +62,8 @@ class Record:
     finish_reason: str
     layers: list[int] | None = None
     seconds_per_token: float | None = None
+    asked: str = ""
+    """Hash of what was asked of what: model, settings, prompt; empty where nobody told it."""
 
 
 def evaluate(
@@ -69,6 +73,7 @@ def evaluate(
     *,
     path: str | os.PathLike | None = None,
     batch_size: int = 8,
+    asked: Callable[[Question], str] | None = None,
 ) -> list[Record]:
     """Asks every question, scores the answers, returns the records in the questions' order.
 
@@ -78,10 +83,13 @@ def evaluate(
         metrics: names in `eval.metrics.METRICS`.
         path: JSON lines to which records are added as they come; what is in it is not asked again.
         batch_size: questions given to `complete` at a time; between two the file is written.
+        asked: the hash that a question's record has (`recipes.score_task.asked_of`). A record in
+            the file that has another, or none, is refused. None: records have none, and those in
+            the file are taken as they are.
 
     Raises:
         UserError: a metric is unknown, its package is not there, or the file's records are of other
-            questions or metrics.
+            questions, metrics, models or settings.
     """
     for metric in metrics:
         if metric not in METRICS:
@@ -91,12 +99,12 @@ def evaluate(
         raise UserError("two questions have one name; expected names that differ")
     done = {record.name: record for record in read_records(path)} if path is not None else {}
     for record in done.values():
-        _check_same(record, by_name, metrics, path)
+        _check_same(record, by_name, metrics, path, asked)
     waiting = [question for question in questions if question.name not in done]
     for start in range(0, len(waiting), batch_size):
-        asked = waiting[start : start + batch_size]
-        answers = complete(asked)
-        new = [_record(q, a, metrics) for q, a in zip(asked, answers, strict=True)]
+        put = waiting[start : start + batch_size]
+        answers = complete(put)
+        new = [_record(q, a, metrics, asked) for q, a in zip(put, answers, strict=True)]
         done |= {record.name: record for record in new}
         if path is not None:
             _append(path, new)
@@ -142,7 +150,7 @@ def means(records: Iterable[Record]) -> dict[str, Any]:
     return out
 
 
-def _record(question: Question, answer: Answer, metrics: Sequence[str]) -> Record:
+def _record(question: Question, answer: Answer, metrics: Sequence[str], asked) -> Record:
     return Record(
         name=question.name,
         group=question.group,
@@ -153,10 +161,11 @@ def _record(question: Question, answer: Answer, metrics: Sequence[str]) -> Recor
         finish_reason=answer.finish_reason,
         layers=None if answer.layers is None else list(answer.layers),
         seconds_per_token=answer.seconds_per_token,
+        asked="" if asked is None else asked(question),
     )
 
 
-def _check_same(record: Record, by_name: dict[str, Question], metrics, path) -> None:
+def _check_same(record: Record, by_name: dict[str, Question], metrics, path, asked) -> None:
     question = by_name.get(record.name)
     if question is None or question.completion != record.reference:
         raise UserError(
@@ -167,6 +176,11 @@ def _check_same(record: Record, by_name: dict[str, Question], metrics, path) -> 
         raise UserError(
             f"{path} has scores {', '.join(record.scores)}, expected {', '.join(metrics)}; "
             "remove the file, or give another path"
+        )
+    if asked is not None and record.asked != asked(question):
+        raise UserError(
+            f"{path} has an answer to {record.name!r} of another model, or asked with another "
+            "prompt or other settings; remove the file, or give another path"
         )
 
 

@@ -5,6 +5,7 @@ so the run keeps a hash of the base's weights, and goes on with no other.
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -20,7 +21,9 @@ from jaxreason.models.decoder import ModelConfig
 from jaxreason.models.hf_text import template_of
 from jaxreason.models.model import Model
 from jaxreason.recipes import open_model
+from jaxreason.recipes.encode_examples import DATE
 from jaxreason.recipes.init import InitConfig, begun, merge_shape
+from jaxreason.recipes.resume import saved_config
 from jaxreason.train import load, manifest
 
 _BLOCK = 1 << 22
@@ -44,6 +47,9 @@ class BaseModel:
     """Longest context, in tokens, that the source states."""
     name: str = ""
     """What it is called."""
+    date: str = ""
+    """The day, YYYY-MM-DD, that its chat template is told where it writes today's (Llama 3's do);
+    that on which the run begins, and the same whenever it goes on. Empty: it writes none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +101,8 @@ def open_base(cfg: Any, *, frozen: bool) -> Base:
             "init.path is empty; set --config.init.path to the model to fine-tune: a Hugging Face "
             "folder, a .gguf file, a run or a checkpoint"
         )
-    saved = begun(cfg.run.dir, type(cfg)) if cfg.run.dir else None
+    before = saved_config(run, type(cfg)) if cfg.run.dir else None
+    saved = begun(cfg.run.dir, type(cfg)) if before is not None else None
     if saved is not None and saved.init.path == init.path and init.step is None:
         init = saved.init
     if saved is not None and not frozen:
@@ -117,12 +124,13 @@ def open_base(cfg: Any, *, frozen: bool) -> Base:
         bos_id=opened.bos_id,
         context=opened.context,
         name=opened.name,
+        date=_date(opened.chat_template, cfg.base, before.base if before is not None else None),
     )
-    for before in (cfg.base, saved.base if saved is not None else cfg.base):
-        if before.sha256 and before.sha256 != card.sha256:
+    for known in (cfg.base, saved.base if saved is not None else cfg.base):
+        if known.sha256 and known.sha256 != card.sha256:
             raise UserError(
                 f"{init.path} is another model than the run's base: its weights' hash is "
-                f"{card.sha256[:12]}, the run's {before.sha256[:12]}; give the base that the run "
+                f"{card.sha256[:12]}, the run's {known.sha256[:12]}; give the base that the run "
                 "began with, or begin another run"
             )
     shape = merge_shape(cfg.model, opened.config, init.path)
@@ -131,6 +139,29 @@ def open_base(cfg: Any, *, frozen: bool) -> Base:
 
 def _facts(init: InitConfig, card: BaseModel) -> dict[str, Any]:
     return {"base": init.path, "base_step": init.step, "base_sha256": card.sha256}
+
+
+def _date(template: str | None, wanted: BaseModel, saved: BaseModel | None) -> str:
+    """The day that a template is told: the config's, else the run's own, else today; or none."""
+    if "strftime_now" not in (template or ""):
+        return ""
+    if wanted.date or saved is None:
+        return wanted.date or _today()
+    return saved.date
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def notes(cfg: Any) -> list[str]:
+    """Lines to show when a run begins: the day that its template is told, if it writes one."""
+    if not cfg.base.date:
+        return []
+    return [
+        f"the chat template writes the day: this run's examples are of {cfg.base.date} "
+        "(base.date), generation writes the day on which it is asked"
+    ]
 
 
 def kept_model(saved: Any, run: epath.Path) -> Model:
@@ -152,6 +183,7 @@ def kept_model(saved: Any, run: epath.Path) -> Model:
         family=card.family,
         context=card.context,
         files=files,
+        source={DATE: card.date} if card.date else {},
     )
 
 

@@ -108,6 +108,8 @@ def _export_adapters(source: str, to: str | os.PathLike, *, dtype: str, step: in
     """Writes the adapters of a run of ours; returns a line that says what was written."""
     root = manifest.absolute(source)
     saved, folder = None, root
+    if not source.startswith(_PYPI) and not root.exists():
+        raise UserError(f"{source} does not exist; expected the folder of a run that trains a lora")
     if not source.startswith(_PYPI) and root.is_dir() and is_ours(root):
         folder = load.find(root, step)
         known = [*recipes(), ConvertedModel]

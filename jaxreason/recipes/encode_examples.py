@@ -1,28 +1,42 @@
 """Examples of fine-tuning as tokens, with what is learned of them: pairs, and conversations.
 
 The tokens are those that generation gives the model: a prompt is encoded as `rollout` encodes it,
-and a completion ends with a token that ends generation.
+by itself, and the completion's tokens stand behind those, the last one a token that ends
+generation. Where a token of the whole text would lie across the border between the two, there is
+none: the completion is encoded from its own beginning.
 """
 
+import datetime
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxreason.core.errors import UserError
+from jaxreason.core.text import encode_behind
 from jaxreason.data.pairs import Conversation, Encoded, Example
 from jaxreason.data.pairs_config import PairsConfig
 from jaxreason.data.pairs_source import Item
 from jaxreason.models.model import Model
 from jaxreason.rollout import chat_template
 
+DATE = "template_date"
+"""Name in `Model.source` of the day that a run's chat template was told."""
 
-def make_encode(model: Model, cfg: PairsConfig) -> Callable[[Item], Encoded]:
+
+def make_encode(model: Model, cfg: PairsConfig, *, date: str = "") -> Callable[[Item], Encoded]:
     """Returns what turns an example into tokens for `model`, which has a tokenizer.
+
+    Args:
+      model: whose tokenizer, template and end tokens are taken.
+      cfg: says whether pairs are conversations, and which replies are learned.
+      date: the day (YYYY-MM-DD) that a template is told which writes today's; empty: that of the
+        run which `model` is from, else today.
 
     Raises:
       UserError: a template is asked for and the model has none; later, at an example: the template
-        refuses its messages, or writes them so that no tokens are those of a reply.
+        refuses its messages, or writes them so that no tokens are those of a reply; or a learned
+        text writes out a token that ends generation, which would cut it there.
     """
-    templates = _Conversations(model, cfg.learned_turns)
+    templates = _Conversations(model, cfg.learned_turns, date or model.source.get(DATE, ""))
 
     def encode(item: Item) -> Encoded:
         if isinstance(item, Conversation):
@@ -51,12 +65,33 @@ def end_id(model: Model) -> int:
     return own if own in model.eos_ids or not model.eos_ids else model.eos_ids[0]
 
 
+def clock(date: str) -> dict[str, Callable[[str], str]]:
+    """What a template is given to write the day `date` (YYYY-MM-DD), at midnight; nothing for "".
+
+    Raises:
+      UserError: `date` is no day.
+    """
+    if not date:
+        return {}
+    try:
+        day = datetime.datetime.combine(datetime.date.fromisoformat(date), datetime.time())
+    except ValueError:
+        raise UserError(f"base.date is {date!r}, expected a day as YYYY-MM-DD") from None
+    return {"strftime_now": day.strftime}
+
+
 def _pair(model: Model, example: Example) -> Encoded:
-    """Prompt and completion encoded each by itself: in generation too the prompt ends there."""
-    assert model.tokenizer is not None
-    first = [] if model.bos_id is None else [model.bos_id]
-    prompt = first + model.tokenizer.encode(example.prompt)
-    completion = [*model.tokenizer.encode(example.completion), end_id(model)]
+    """The prompt as generation encodes it, then the completion, which goes on from its tokens."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    prompt = tokenizer.encode(example.prompt)
+    if model.bos_id is not None and prompt[:1] != [model.bos_id]:  # It may be written out.
+        prompt = [model.bos_id, *prompt]
+    completion = encode_behind(tokenizer, example.prompt, example.completion)
+    where = example.name or repr(example.prompt[:40])
+    _check_ends(model, completion[:-1], f"{where}: the completion")
+    if not completion or completion[-1] not in _ends(model):  # Else it is written at its place.
+        completion.append(end_id(model))
     return Encoded(
         prompt + completion,
         [False] * len(prompt) + [True] * len(completion),
@@ -64,13 +99,30 @@ def _pair(model: Model, example: Example) -> Encoded:
     )
 
 
+def _ends(model: Model) -> set[int]:
+    return {*model.eos_ids, end_id(model)}
+
+
+def _check_ends(model: Model, tokens: Sequence[int], what: str) -> None:
+    """Raises UserError where tokens of a text to learn end generation before the text does."""
+    ends = _ends(model)
+    at = next((i for i, token in enumerate(tokens) if token in ends), None)
+    if at is not None:
+        assert model.tokenizer is not None
+        text = model.tokenizer.decode(tokens[:at])[-30:]
+        raise UserError(
+            f"{what} writes out a token that ends generation (id {tokens[at]}) behind {text!r}, "
+            "and would end there; take it out of the text, or leave the example out"
+        )
+
+
 class _Conversations:
     """A model's template, and where in its text the replies stand."""
 
-    def __init__(self, model: Model, turns: str):
+    def __init__(self, model: Model, turns: str, date: str):
         self._model, self._turns = model, turns
-        self._special = chat_template.special_tokens(model)
-        self._ends = {*model.eos_ids, end_id(model)}
+        self._given: dict[str, Any] = {**chat_template.special_tokens(model), **clock(date)}
+        self._ends = _ends(model)
 
     def check(self) -> str:
         if not self._model.chat_template:
@@ -82,7 +134,7 @@ class _Conversations:
 
     def _render(self, messages: Sequence[Any], prompt: bool) -> str:
         template = self.check()
-        return chat_template.render(template, messages, self._special, add_generation_prompt=prompt)
+        return chat_template.render(template, messages, self._given, add_generation_prompt=prompt)
 
     def encode(self, item: Conversation) -> Encoded:
         """The conversation up to its last reply; what the template writes behind that is cut."""
@@ -99,13 +151,16 @@ class _Conversations:
         replies = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m["content"]]
         if self._turns == "last":
             replies = replies[-1:]
+        for i in replies:
+            own = tokenizer.encode(messages[i]["content"])
+            _check_ends(self._model, own, f"the reply, message {i},")
         whole = self._render(messages[: replies[-1] + 1], False)
         begins = [self._prefix(self._render(messages[:i], True), whole, i) for i in replies]
         ends = [
             self._prefix(self._render(messages[: i + 1], False), whole, i) for i in replies[:-1]
         ]
         cuts = zip(begins, [*ends, len(whole)], strict=True)
-        tokens, places = self._tokens(whole, [place for cut in cuts for place in cut])
+        tokens, places = self._tokens("", whole, [place for cut in cuts for place in cut])
         learned = [False] * len(tokens)
         for begin, stop in zip(places[::2], places[1::2], strict=True):
             # What stands behind a token that ends generation was never the model's to write.
@@ -134,32 +189,24 @@ class _Conversations:
             )
         return len(text)
 
-    def _tokens(self, whole: str, places: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The tokens of the text, and the number of tokens before each place (in characters).
+    def _tokens(self, before: str, text: str, places: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The tokens of a text behind another, and their number before each place (in characters).
 
-        A place is exact where the text before it has the first tokens of the whole. A token that
-        lies across a place counts as behind it (the reply has a part of it). Tokenizers that tell
-        no offsets encode the parts between the places by themselves.
+        A place is exact where the text up to it has the first tokens of the whole. The text is cut
+        at a place that is not, and what follows is encoded from there. So the first learned reply,
+        and every one whose place is exact, stands behind the tokens that generation gives it;
+        behind a cut, later replies see the cut where generation, which encodes their prompt as one
+        text, has the token across it.
         """
         tokenizer = self._model.tokenizer
         assert tokenizer is not None
-        tokens = tokenizer.encode(whole)
-        before = [tokenizer.encode(whole[:place]) for place in places]
-        exact = [tokens[: len(head)] == head for head in before]
-        if all(exact):
-            return tokens, [len(head) for head in before]
-        if hasattr(tokenizer, "encode_with_offsets"):
-            tokens, offsets = tokenizer.encode_with_offsets(whole)  # type: ignore
-            ends = [end for _, end in offsets]
-            found = [
-                len(head)
-                if same
-                else next((i for i, end in enumerate(ends) if end > place), len(ends))
-                for head, same, place in zip(before, exact, places, strict=True)
-            ]
-            return tokens, found
-        tokens, found = [], []
-        for begin, end in zip([0, *places], [*places, len(whole)], strict=True):
-            tokens += tokenizer.encode(whole[begin:end])
-            found.append(len(tokens))
-        return tokens, found[:-1]
+        tokens, found = encode_behind(tokenizer, before, text), []
+        for i, place in enumerate(places):
+            head = encode_behind(tokenizer, before, text[:place])
+            if tokens[: len(head)] != head:
+                tokens, found = self._tokens(before, text[:place], places[:i])
+                rest = [later - place for later in places[i:]]
+                tail, more = self._tokens(before + text[:place], text[place:], rest)
+                return tokens + tail, found + [len(tokens) + number for number in more]
+            found.append(len(head))
+        return tokens, found

@@ -35,6 +35,7 @@ from jaxreason.nn import lora
 from jaxreason.nn.lora import LoraConfig
 from jaxreason.objectives.lm import next_token
 from jaxreason.objectives.moe import router_losses
+from jaxreason.recipes import base as base_lib
 from jaxreason.recipes import execute, open_model
 from jaxreason.recipes.base import Base, BaseModel, identity, kept_model, open_base
 from jaxreason.recipes.encode_examples import make_encode
@@ -126,7 +127,7 @@ def open_parts(cfg: Any, *, frozen: bool, items: Sequence[Item] | None = None) -
         cfg, init=base.init, model=base.shape, base=base.card,
         compute_dtype=resolve_dtype(cfg.compute_dtype),
     )  # fmt: skip
-    encode = make_encode(base.model, cfg.data)
+    encode = make_encode(base.model, cfg.data, date=base.card.date)
     pairs = open_pairs(cfg.data, base.tokenizer, encode, items=items, process_count=parts)
     largest = max(int(store.tokens.max()) for store in pairs.stores.values())
     if largest >= cfg.model.vocab_size:
@@ -134,7 +135,23 @@ def open_parts(cfg: Any, *, frozen: bool, items: Sequence[Item] | None = None) -
             f"the examples have the token {largest}, the model {cfg.init.path} embeds "
             f"{cfg.model.vocab_size}; use a model whose tokenizer fits it"
         )
+    base = dataclasses.replace(base, facts=base.facts | learned_facts(pairs, cfg.train.steps))
     return Parts(cfg, mesh, base, pairs, {"process_index": part, "process_count": parts})
+
+
+def learned_facts(pairs: Pairs, steps: int) -> dict[str, float]:
+    """How many tokens are learned (the sum of the loss weights): in a step and in `steps` of them,
+    by the mean of a pass over the train examples, and what share of that pass's tokens they are."""
+    store, rows = pairs.stores["train"], pairs.dataset("train").num_rows
+    assert store.learned is not None
+    first = store.offsets[:-1]  # No token stands before it, so it is no target.
+    targets = int(store.learned.sum() - store.learned[first].sum())
+    in_a_step = targets / rows * pairs.cfg.batch_size
+    return {
+        "learned_tokens_per_step": round(in_a_step, 1),
+        "learned_tokens": round(in_a_step * steps),
+        "learned_share": round(targets / len(store.tokens), 4),
+    }
 
 
 def completion_objective(cfg: Any) -> Objective:
@@ -157,6 +174,21 @@ def adapted_forward(model: ModelConfig, cfg: LoraConfig, dtype: str) -> Forward:
     return forward
 
 
+def adapted_flops(model: ModelConfig, seq_len: int, adapters: int) -> float:
+    """FLOPs a token of one step that trains `adapters` parameters beside frozen weights.
+
+    A frozen weight is multiplied with forward and for the gradient of its input, 2 passes in place
+    of 3. Attention multiplies two inputs, both of which have a gradient (3), as has all that an
+    adapter multiplies. Passed over: the first block's projections need no gradient of their input.
+    """
+    whole = decoder.forward_flops(model, seq_len)
+    # Over a row of one token, attention counts half a key a query, in two products.
+    weights = decoder.forward_flops(model, 1) - 2 * (
+        model.num_heads * model.head_width * model.num_layers
+    )
+    return 2.0 * weights + 3.0 * (whole - weights) + 6.0 * adapters
+
+
 @dataclasses.dataclass
 class Built(execute.Built):
     """A run's parts, ready for the loop."""
@@ -167,15 +199,15 @@ class Built(execute.Built):
 
     @property
     def model_flops(self) -> float:
-        """FLOPs of one step: a frozen weight has no gradient of its own, which saves a third."""
-        whole = super().model_flops
+        """FLOPs of one step."""
         if self.adapters is None:
-            return whole
-        return whole * 2 / 3 + 6.0 * self.tokens * P.count(self.adapters)
+            return super().model_flops
+        adapters = P.count(self.adapters)
+        return self.tokens * adapted_flops(self.model, self.cfg.data.seq_len, adapters)
 
     def notes(self) -> list[str]:
         """Lines to show when the run begins."""
-        return self.pairs.notes()
+        return [*self.pairs.notes(), *base_lib.notes(self.cfg)]
 
     def write_samples(self, directory: epath.Path, state: TrainState) -> None:
         """What the trained model makes of held-out prompts, for the report."""
@@ -264,7 +296,8 @@ def inspect_run(
         )
     facts = {"source": str(run), "step": meta["step"], "format": "jaxreason"}
     shape = on_any_device(saved.model)
-    model = dataclasses.replace(model, config=shape, source={**facts, "base": saved.init.path})
+    source = {**model.source, **facts, "base": saved.init.path}
+    model = dataclasses.replace(model, config=shape, source=source)
     specs, settings = decoder.specs(shape), saved.lora
     if settings is None:
         return model, lambda dtype, mesh: open_model.load_group(folder, meta, specs, dtype, mesh)

@@ -1,6 +1,8 @@
 """What a run's folder may hold when a run starts in it."""
 
+import json
 import os
+from typing import Any
 
 from etils import epath
 
@@ -41,6 +43,27 @@ FREE = (
 FREE_BASE = ("init.path", "init.step")
 
 
+def saved_config(run: epath.Path, kind: type) -> Any:
+    """The config in a run's folder, whether it has a checkpoint yet or not; None where it is new.
+
+    Raises:
+      UserError: it is a run of another recipe.
+    """
+    config = run / "config.json"
+    if not config.exists():
+        return None
+    try:
+        found = json.loads(config.read_text()).get("_type")
+    except (ValueError, AttributeError):  # Told of where it is read.
+        found = kind.__name__
+    if found != kind.__name__:
+        what = "a config.json that is not a run's" if found is None else f"the run of a {found}"
+        raise UserError(
+            f"{run} holds {what}, this config is a {kind.__name__}; choose another run.dir"
+        )
+    return config_lib.load(config.read_text(), [kind], where=str(config))
+
+
 def check_folder(directory: epath.Path) -> None:
     """Raises UserError, before any work, where a local folder could not be written."""
     if "://" in str(directory):
@@ -55,10 +78,9 @@ def check_folder(directory: epath.Path) -> None:
 
 def changes(directory: epath.Path, cfg) -> list[tuple[str, object, object]]:
     """The fields (path, saved, now) in which a folder's config differs where it must not."""
-    path = directory / "config.json"
-    if not path.exists():
+    saved = saved_config(directory, type(cfg))
+    if saved is None:
         return []
-    saved = config_lib.load(path.read_text(), [type(cfg)], where=str(path))
     found = config_lib.diff(saved, cfg)
     # data.path and teacher.path may be another name of the same: their content has been compared.
     moe = cfg.model.moe if hasattr(cfg, "model") else None

@@ -5,6 +5,8 @@ asked what it learned to answer.
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +36,40 @@ def prompt_tokens(encode: Encode, example: Example) -> list[int]:
     """The tokens before an example's first learned one."""
     encoded = encode(example)
     return list(encoded.tokens[: int(np.argmax(np.asarray(encoded.learned)))])
+
+
+def asked_of(
+    model: Model,
+    encode: Encode,
+    cfg: AnswerConfig,
+    sha256: str,
+    *,
+    keep: Sequence[bool] | None = None,
+) -> Callable[[Example], str]:
+    """Returns what hashes all that an answer depends on (`eval.task.evaluate`'s `asked`).
+
+    That is the model, the way in which it is asked, and the tokens of an example's prompt.
+
+    Args:
+        model, encode, cfg, keep: as of `answerer`.
+        sha256: of the model's weights (`recipes.base.identity`).
+    """
+    depth = model.depth
+    way = {
+        "model": sha256,
+        "dtype": model.dtype,
+        "answers": dataclasses.asdict(cfg),
+        "ends": sorted(model.eos_ids),
+        "keep": None if keep is None else [bool(k) for k in keep],
+        "skips": None if depth is None else [depth.scope, repr(depth.decision)],
+    }
+    fixed = json.dumps(way, sort_keys=True)
+
+    def asked(example: Example) -> str:
+        prompt = json.dumps(prompt_tokens(encode, example))
+        return hashlib.sha256(f"{fixed} {prompt}".encode()).hexdigest()[:32]
+
+    return asked
 
 
 def answerer(

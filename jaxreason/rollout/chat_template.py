@@ -96,7 +96,7 @@ def _compiled(template: str) -> jinja2.Template:
 def render(
     template: str,
     messages: Sequence[Message],
-    tokens: Mapping[str, str],
+    tokens: Mapping[str, Any],
     *,
     add_generation_prompt: bool = True,
 ) -> str:

@@ -39,7 +39,9 @@ def about(run: RunData) -> str:
     parts = ["A model" if size is None else f"A model of {quantity(float(size))} parameters"]
     parts.append(f"trained for {run.last_step:,} steps")
     if per_step is not None:
-        parts.append(f"of {int(per_step):,} tokens")
+        learned = run.facts.get("learned_tokens_per_step")
+        of = "" if learned is None else f" (some {learned:,.0f} of them learned)"
+        parts.append(f"of {int(per_step):,} tokens{of}")
     if run.facts.get("device"):
         parts.append(f"on {run.facts['device']}")
     return " ".join(parts) + "."

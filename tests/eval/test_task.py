@@ -1,6 +1,7 @@
 """A scoring: what is asked, kept, gone on with."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -73,6 +74,34 @@ def test_a_file_of_something_else(tmp_path):
     path.write_text("{}\n")
     with pytest.raises(UserError, match="line 1 is no record"):
         read_records(path)
+
+
+def test_what_was_asked_otherwise_is_not_gone_on_with(tmp_path):
+    path = tmp_path / "test.jsonl"
+
+    def by(model: str, wording: str = ""):
+        return lambda question: f"{model}: {question.prompt}{wording}"
+
+    found = evaluate(Model(), QUESTIONS[:3], ["exact"], path=path, asked=by("one"))
+    assert [r.asked for r in found] == ["one: 0 + 1?", "one: 1 + 1?", "one: 2 + 1?"]
+    again = Model()
+    whole = evaluate(again, QUESTIONS, ["exact"], path=path, asked=by("one"))
+    assert again.asked == ["q3", "q4"] and whole[:3] == found and read_records(path) == whole
+    before = path.read_bytes()
+    for other in (by("two"), by("one", " Think.")):
+        with pytest.raises(UserError, match="an answer to 'q0' of another model, or asked with an"):
+            evaluate(Model(), QUESTIONS, ["exact"], path=path, asked=other)
+        assert path.read_bytes() == before
+    evaluate(Model(), QUESTIONS[:2], ["exact"], path=tmp_path / "untold.jsonl")
+    with pytest.raises(UserError, match="'q0' of another model"):
+        evaluate(Model(), QUESTIONS, ["exact"], path=tmp_path / "untold.jsonl", asked=by("one"))
+
+
+def test_records_name_their_group(tmp_path):
+    path = tmp_path / "test.jsonl"
+    alone = Example("6 + 1?", "#### 7", "q6")
+    evaluate(Model(), [*QUESTIONS[:2], alone], ["exact"], path=path)
+    assert [json.loads(line)["group"] for line in path.open()] == ["sums", "sums", ""]
 
 
 def test_wrong_calls():

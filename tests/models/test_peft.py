@@ -193,6 +193,8 @@ def test_the_command_merges(tmp_path, capsys):
     ):
         assert said in fails(capsys, f"--from={base}", f"--to={tmp_path}/no", *argv)
         assert not (tmp_path / "no").exists()
+    line = fails(capsys, f"--from={tmp_path}/none", f"--to={tmp_path}/no", "--format=peft")
+    assert f"{tmp_path}/none does not exist" in line and "no adapters" not in line
 
 
 def test_the_command_writes_a_run_s_adapters(tmp_path, monkeypatch, capsys):

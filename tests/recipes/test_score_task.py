@@ -1,5 +1,7 @@
 """Answers for scoring: the prompts of training, the layers that ran, times of single answers."""
 
+import dataclasses
+
 import skip_model
 from rollout_model import tiny_model
 
@@ -7,7 +9,13 @@ from jaxreason.data import Example
 from jaxreason.data.pairs_config import PairsConfig
 from jaxreason.eval.task import evaluate
 from jaxreason.recipes.encode_examples import make_encode
-from jaxreason.recipes.score_task import AnswerConfig, answerer, prompt_tokens, times_per_token
+from jaxreason.recipes.score_task import (
+    AnswerConfig,
+    answerer,
+    asked_of,
+    prompt_tokens,
+    times_per_token,
+)
 from jaxreason.rollout import GREEDY, generate
 
 EXAMPLES = [Example(f"count {i}", f"so #### {i}", f"e{i}") for i in range(3)]
@@ -41,6 +49,32 @@ def test_a_given_set_takes_the_place_of_the_routers():
         EXAMPLES[:1]
     )
     assert answer.layers == (0, 3)
+
+
+def test_all_that_an_answer_depends_on_is_in_its_hash():
+    model = skip_model.random_routers("decode_only")
+    cfg, encode = AnswerConfig(max_new_tokens=4), encoder(model)
+    asked = asked_of(model, encode, cfg, "abc")
+    seen = {asked(example) for example in EXAMPLES}
+    assert len(seen) == 3 and asked(EXAMPLES[0]) in seen  # The same whenever it is asked.
+    chat = dataclasses.replace(
+        model, chat_template="{% for m in messages %}{{ m.content }}!{% endfor %}"
+    )
+    wrapped = make_encode(chat, PairsConfig(path="unused.jsonl", chat=True))
+    for other in (
+        asked_of(model, encode, cfg, "abd"),
+        asked_of(model, encode, dataclasses.replace(cfg, max_new_tokens=5), "abc"),
+        asked_of(model, encode, dataclasses.replace(cfg, stop=("x",)), "abc"),
+        asked_of(dataclasses.replace(model, dtype="bfloat16"), encode, cfg, "abc"),
+        asked_of(dataclasses.replace(model, depth=None), encode, cfg, "abc"),
+        asked_of(dataclasses.replace(model, eos_ids=(1,)), encode, cfg, "abc"),
+        asked_of(model, encode, cfg, "abc", keep=(True, False, True, True)),
+        asked_of(model, wrapped, cfg, "abc"),
+    ):
+        assert other(EXAMPLES[0]) not in seen
+        seen.add(other(EXAMPLES[0]))
+    reworded = dataclasses.replace(EXAMPLES[0], completion="so #### 9")
+    assert asked(reworded) == asked(EXAMPLES[0])  # The reference has a place of its own.
 
 
 def test_times_are_of_single_answers():

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from etils import epath
 
 from jaxreason.core.errors import UserError
+from jaxreason.core.text.behind import encode_behind
 from jaxreason.core.text.hf_tok import HfJson, HfTokenizer, load_hf_json
 from jaxreason.core.text.sentencepiece_tok import (
     SentencePiece,
@@ -23,6 +24,7 @@ __all__ = [
     "SentencePieceTokenizer",
     "Tokenizer",
     "TokenizerConfig",
+    "encode_behind",
     "load_hf_json",
     "load_sentencepiece",
     "make_tokenizer",

@@ -90,14 +90,6 @@ class HfTokenizer:
         """Returns the ids of `text`, without begin or end of document."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Returns the ids of `text`, and the characters of it, from and to, that each stands for.
-
-        Tokens that share one character (its bytes) all have that character.
-        """
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
-
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of each text, computed on all cores."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
