@@ -1,24 +1,24 @@
 """Runs the arms of FiRST's table on SmolLM2-135M, scores them, times them, and sums them up.
 
-    python -m benchmarks.first_table --stage=tune       # three settings a method, on a seed apart
-    python -m benchmarks.first_table --stage=main       # FiRST, Unified, random: 3 seeds; peers: 1
-    python -m benchmarks.first_table --stage=evaluate   # answers to the test examples, scored
-    python -m benchmarks.first_table --stage=time       # seconds a token, batch 1, nothing else
-    python -m benchmarks.first_table --stage=summary    # docs/results/first.json and first.html
+    python -m benchmarks.first_table --stage=tune --jobs=2      # three rates a method, own seed
+    python -m benchmarks.first_table --stage=main --jobs=2      # the compared: 3 seeds; peers: 1
+    python -m benchmarks.first_table --stage=evaluate --jobs=2  # answers to test examples, scored
+    python -m benchmarks.first_table --stage=time               # seconds a token, batch 1, alone
+    python -m benchmarks.first_table --stage=summary            # docs/results/first.{json,html}
 
 Two tasks: docstrings (ROUGE-L, chrF; test packages that training never saw) and gsm_symbolic (exact
 answer; other seed, other questions). A run is `experiments/first/smollm2.py:TASK,METHOD,skip=R,
 seed=N`; `--list` prints the runs of a stage. What is on record (docs/results/first_runs.json) is
-not done again, a run that was killed goes on, and a scoring goes on behind its last line.
+not done again, a run that was killed goes on, and a scoring goes on behind its last line. Methods
+that the config file does not know are named and left out.
 
-Every trained method has the same number of tuning runs (TUNING), at 20 % skipped and half length,
-judged by the loss on held-out examples of the training part; test examples are read by `evaluate`
-alone. An arm with adapters and one without have one setting.
+With `--jobs=N`, N runs go on at a time, each on its share of the cores: on two cores, two processes
+of one core do more than one of two. Several tables may work at the same records. Times are measured
+one at a time, with nothing beside: of each arm one seed with adapters (first_arms.timed).
 
-Time on 2 CPU cores with AMX and nothing beside, reckoned from 0.32 TFLOP/s in training (4 FLOPs a
-parameter and token under adapters, 2 more where FiRST reads all statistics first) for the 245,760
-tokens of a run: 7 minutes, FiRST 11, and 2 to 4 to compile. So `tune` (30 runs of half length) 3
-hours, `main` (42 runs with adapters, 18 without) 8, `evaluate` (4 minutes a run) 4, `time` 1.
+Every method has the same tuning runs (first_arms.TUNING), at 20 % skipped and half length, judged
+by the loss on held-out examples of the training part; test examples are read by `evaluate` alone.
+An arm with adapters and one without have one setting.
 """
 
 import argparse
@@ -26,133 +26,35 @@ import dataclasses
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from functools import partial
 
-from jaxreason.train.runs import load_run
+from benchmarks.first_arms import (
+    ARMS,
+    CONFIG,
+    SEEDS,
+    TASKS,
+    TUNING,
+    Job,
+    chosen,
+    offered,
+    timed,
+    tuning_jobs,
+)
+from benchmarks.first_workers import Work, locked, side_by_side
+from jaxreason.train.runs import RunData, load_run
 
-CONFIG = "experiments/first/smollm2.py"
-ROOT = pathlib.Path("runs/first")
 RECORDS = pathlib.Path("docs/results/first_runs.json")
 OUT = pathlib.Path("docs/results/first.json")
 PAGE = pathlib.Path("docs/results/first.html")
-TASKS = ("docstrings", "gsm_symbolic")
-SKIPS = (0.2, 0.4)
-SEEDS = (1, 2, 3)
-TUNING_SEED = 100
-TUNING_SKIP = 0.2
-COMPARED = ("first", "unified", "random")
-PEERS = ("none", "influence")
-"""One seed. `layerskip` joins when its config is there."""
-_RATES = [{"optim.learning_rate": rate} for rate in (2e-4, 5e-4, 1e-3)]
-# FiRST's runs vary the routers too: as many runs as the others have, for more settings.
-TUNING: dict[str, list[dict[str, object]]] = {
-    "none": _RATES,
-    "unified": _RATES,
-    "random": _RATES,
-    "influence": _RATES,
-    "first": [
-        {"optim.learning_rate": 5e-4, "router_optim.learning_rate": 1e-3},
-        {"optim.learning_rate": 1e-3, "router_optim.learning_rate": 1e-3},
-        {"optim.learning_rate": 1e-3, "router_optim.learning_rate": 3e-3},
-    ],
-}
 LEAST_TOKENS = 200_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """A line of the table: how layers are chosen, how many are skipped, whether adapters learn."""
-
-    method: str
-    skip: float
-    lora: bool = True
-
-    @property
-    def label(self) -> str:
-        """Its name in tables and folders."""
-        rate = f"-skip{round(100 * self.skip)}" if self.skip else ""
-        return f"{self.method}{rate}{'' if self.lora else '-plain'}"
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Three where the claim is about it, else one."""
-        return SEEDS if self.method in COMPARED and self.lora else SEEDS[:1]
-
-
-ARMS = tuple(
-    Arm(method, skip, lora)
-    for lora in (True, False)
-    for skip in (*SKIPS, 0.0)
-    for method in (*COMPARED, *PEERS)
-    if (method == "none") == (skip == 0.0)
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One run: its task, arm and seed, the fields that differ, and its folder's name."""
-
-    task: str
-    arm: Arm
-    seed: int
-    changes: tuple[tuple[str, object], ...] = ()
-    tuning: bool = False
-
-    @property
-    def name(self) -> str:
-        """The folder, which holds the setting: a run with another one is another run."""
-        setting = "-".join(
-            f"{'r' if field.startswith('router') else ''}{field.split('.')[-1][:2]}{value:g}"
-            for field, value in self.changes
-        )
-        kind = "tune-" if self.tuning else ""
-        return f"{kind}{self.task}-{self.arm.label}-{setting or 'given'}-seed{self.seed}"
-
-    @property
-    def folder(self) -> pathlib.Path:
-        """Where it runs."""
-        return ROOT / self.name
-
-    def config(self) -> list[str]:
-        """The config and its overrides, as flags."""
-        given = f"{self.task},{self.arm.method},skip={self.arm.skip:g},seed={self.seed}"
-        changes = {
-            "run.dir": self.folder,
-            "run.title": self.name,
-            "data.source.part": "train",
-            **dict(self.changes),
-            **self.length(),
-        }
-        flags = [f"--config.{field}={value}" for field, value in changes.items()]
-        return [f"--config={CONFIG}:{given}", *flags]
-
-    def length(self) -> dict[str, object]:
-        """Half the updates to tune; without adapters those of the routers alone, or one of none."""
-        if self.arm.lora and not self.tuning:
-            return {}
-        steps, stage = given_length(self.task, self.arm)
-        is_first = self.arm.method == "first"
-        if not self.arm.lora:
-            return {"lora": None, "train.steps": stage if is_first else 1}
-        halves: dict[str, object] = {"train.steps": steps // 2}
-        return halves | ({"router_steps": stage // 2} if is_first else {})
-
-    def command(self) -> list[str]:
-        """The command line of the run."""
-        return [sys.executable, "-m", "jaxreason.main", *self.config()]
-
-
-def given_length(task: str, arm: Arm) -> tuple[int, int]:
-    """The updates that the config file gives an arm: all, and those of the routers."""
-    from jaxreason import config as config_lib
-    from jaxreason.recipes import recipes
-
-    known = {f"{cls.__module__}.{cls.__name__}": cls for cls in recipes()}
-    arg = f"--config={CONFIG}:{task},{arm.method},skip={arm.skip:g},seed=1"
-    cfg = config_lib.parse([arg], recipes=known).config
-    return cfg.train.steps, cfg.router_steps
+EXAMPLES = 200
+"""Test examples of a task that are answered, spread evenly over its test part."""
+TIMED = 8
+"""Test examples that a time is the median of, each with all layers in turn."""
+FACTS = ("commit", "version", "python", "jax", "jaxlib", "device", "corpus_sha256", "plan_sha256")
 
 
 def records() -> dict[str, dict]:
@@ -161,138 +63,215 @@ def records() -> dict[str, dict]:
 
 
 def keep_record(name: str, **entries: object) -> None:
-    """Adds entries to a run's record."""
-    known = records()
-    known[name] = {**known.get(name, {}), **entries}
-    RECORDS.parent.mkdir(parents=True, exist_ok=True)
-    new = RECORDS.with_suffix(".new")
-    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(known.items())]
-    new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    os.replace(new, RECORDS)
+    """Adds entries to a run's record; several processes may do so at once."""
+    with locked(RECORDS):
+        known = records()
+        known[name] = {**known.get(name, {}), **entries}
+        new = RECORDS.with_name(f".{RECORDS.name}.new")
+        lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(known.items())]
+        new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        os.replace(new, RECORDS)
 
 
-def trained(job: Job) -> dict | None:
+def trained(job: Job, cores: int | None = None) -> dict | None:
     """A run's record, from its folder where it has just ended; None where it is not complete."""
     known = records().get(job.name)
     if known is None and (job.folder / "report.html").exists():  # What a run writes last.
         data = load_run(job.folder)
         last = [row for row in data.rows if row["kind"] == "eval"][-1]
-        facts = ("commit", "version", "python", "jax", "jaxlib", "device", "corpus_sha256")
         keep_record(
             job.name,
             task=job.task,
             arm=dataclasses.asdict(job.arm),
             seed=job.seed,
-            setting={field: value for field, value in job.changes},
+            setting=job.setting,
             loss=last["loss"],
             steps=data.last_step,
-            tokens=data.tokens,
+            tokens=data.tokens if job.arm.learns else 0.0,
+            learned_tokens=learned_tokens(job, data) if job.arm.learns else 0.0,
             flops=data.flops,
             wall_s=data.wall_time_s,
+            cores=cores,
             kept_layers=last.get("depth/kept_layers"),
-            facts={key: data.facts.get(key) for key in facts},
+            facts={key: data.facts.get(key) for key in FACTS},
         )
         known = records()[job.name]
     return known
 
 
-def tuning_jobs(task: str, method: str) -> list[Job]:
-    """A method's tuning runs, all of one length and seed."""
-    arm = Arm(method, 0.0 if method == "none" else TUNING_SKIP)
-    return [Job(task, arm, TUNING_SEED, tuple(c.items()), True) for c in TUNING[method]]
+def learned_tokens(job: Job, data: RunData) -> float:
+    """Targets that a run's loss was a mean of, all its updates together (sum of loss weights).
+
+    From its log where that has them, from another run of the same rows, or counted anew.
+    """
+    if (logged := data.last("train", "learned_tokens")) is not None:
+        return logged
+    rows = (data.facts.get("plan_sha256"), data.facts.get("corpus_sha256"), data.last_step)
+    for other in records().values():
+        facts, known = other.get("facts", {}), other.get("learned_tokens")
+        if (facts.get("plan_sha256"), facts.get("corpus_sha256"), other.get("steps")) == rows:
+            if known and all(rows):  # 0 stands where nothing was trained.
+                return known
+    from benchmarks.first_score import count_learned
+
+    return count_learned(job.folder, data.last_step)
 
 
 def setting(task: str, method: str) -> tuple[tuple[str, object], ...] | None:
     """The setting of the lowest held-out loss; None before all tuning runs are on record."""
-    found = [(entry["loss"], job.changes) for job in tuning_jobs(task, method)
-             if (entry := trained(job)) is not None]  # fmt: skip
-    return min(found)[1] if len(found) == len(TUNING[method]) else None
+    for job in tuning_jobs(task, method):
+        trained(job)
+    return chosen(task, method, records())
 
 
-def main_jobs(tasks: list[str]) -> list[Job]:
+def methods_here(wanted: Sequence[str]) -> list[str]:
+    """Those of the methods that the config file knows; a line names each of the others."""
+    for method in wanted:
+        if method not in offered():
+            print(f"note: {CONFIG} has no method {method}; its arms are left out", flush=True)
+    return [method for method in wanted if method in offered()]
+
+
+def main_jobs(tasks: Sequence[str], methods: Sequence[str]) -> list[Job]:
     """Every arm with its tuned setting, seed by seed, so that a stop leaves whole comparisons."""
-    jobs = []
-    for seed in SEEDS:
-        for task in tasks:
-            for arm in ARMS:
-                changes = setting(task, arm.method)
-                if changes is None:
-                    sys.exit(f"error: {arm.method} is not tuned on {task}; --stage=tune")
-                if seed in arm.seeds:
-                    jobs.append(Job(task, arm, seed, changes))
-    return jobs
+    settings = {(task, method): setting(task, method) for task in tasks for method in methods}
+    if missing := [f"{method} on {task}" for (task, method), s in settings.items() if s is None]:
+        sys.exit(f"error: not tuned: {', '.join(missing)}; run --stage=tune first")
+    return [
+        Job(task, arm, seed, settings[task, arm.method] or ())
+        for seed in SEEDS
+        for task in tasks
+        for arm in ARMS
+        if arm.method in methods and seed in arm.seeds
+    ]
 
 
-def run(command: list[str], what: str) -> None:
-    """Runs one command to its end; its failure ends the table."""
-    print(f"{time.strftime('%H:%M')} {what}", flush=True)
-    code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
-    if code:
-        sys.exit(f"error: {what} ended with exit code {code}: {' '.join(command)}")
-
-
-def train(jobs: list[Job], until: float) -> None:
+def train(jobs: Sequence[Job], until: float, at_once: int) -> None:
     """Trains what is not on record, and starts nothing after `until`."""
+
+    def finish(job: Job, cores: int) -> None:
+        entry = trained(job, cores)
+        if entry is None:
+            sys.exit(f"error: {job.name} ended without a report")
+        took = f"{entry['wall_s']:.0f} s, {cores} core{'s' * (cores > 1)}"
+        print(f"   {job.name}: held-out loss {entry['loss']:.4f}, {took}", flush=True)
+        check_length(job, entry)
+
     for job in jobs:
-        if trained(job) is None and time.time() < until:
-            run(job.command(), job.name)
-            entry = trained(job)
-            if entry is None:
-                sys.exit(f"error: {job.name} ended without a report")
-            print(f"   held-out loss {entry['loss']:.4f}, {entry['wall_s']:.0f} s", flush=True)
-            if job.arm.lora and not job.tuning and entry["tokens"] < LEAST_TOKENS:
-                sys.exit(f"error: {job.name} saw {entry['tokens']:.0f} tokens of {LEAST_TOKENS:,}")
+        if (entry := trained(job)) is not None:
+            check_length(job, entry)
+    side_by_side(
+        [
+            Work(job.name, job.folder, job.command(), partial(missing, job), partial(finish, job))
+            for job in jobs
+        ],
+        at_once,
+        until,
+    )
 
 
-def measure(jobs: list[Job], what: str, examples: int, until: float) -> None:
-    """Scores or times the trained runs for which that is not on record."""
-    for job in jobs:
+def check_length(job: Job, entry: Mapping) -> None:
+    """Ends the table where a run of the table saw fewer tokens than the claim asks for."""
+    if job.arm.lora and not job.tuning and entry["tokens"] < LEAST_TOKENS:
+        sys.exit(f"error: {job.name} saw {entry['tokens']:.0f} tokens of {LEAST_TOKENS:,}")
+
+
+def missing(job: Job) -> bool:
+    """Whether a run is still to be trained."""
+    return trained(job) is None
+
+
+def measure(jobs: Sequence[Job], what: str, examples: int, until: float, at_once: int) -> None:
+    """Scores (`test`) or times (`time`) the trained runs for which that is not on record.
+
+    A scoring of another number of examples is none.
+    """
+
+    def out(job: Job) -> pathlib.Path:
+        return job.folder / f"{what}-{examples}.json"
+
+    def waits(job: Job) -> bool:
         entry = trained(job)
-        if entry is None or what in entry or time.time() > until:
-            continue
-        out = job.folder / f"{what}.json"
-        if not out.exists():
-            command = [sys.executable, "-m", "benchmarks.first_score", what, str(job.folder)]
-            run([*command, job.task, str(examples), str(out)], f"{what} {job.name}")
-        keep_record(job.name, **{what: json.loads(out.read_text())})
+        if entry is None or entry.get(what, {}).get("asked") == examples:
+            return False
+        if out(job).exists():  # A table that was killed did not put it on record.
+            finish(job, 0)
+            return False
+        return True
+
+    def finish(job: Job, cores: int) -> None:
+        keep_record(job.name, **{what: json.loads(out(job).read_text())})
+
+    def command(job: Job) -> list[str]:
+        module = [sys.executable, "-m", "benchmarks.first_score", what]
+        return [*module, str(job.folder), job.task, str(examples), str(out(job))]
+
+    untrained = [job.name for job in jobs if trained(job) is None]
+    if untrained:
+        print(f"note: {len(untrained)} of {len(jobs)} runs are not trained yet", flush=True)
+    side_by_side(
+        [
+            Work(f"{what}-{j.name}", j.folder, command(j), partial(waits, j), partial(finish, j))
+            for j in jobs
+        ],
+        at_once,
+        until,
+    )
 
 
-def main() -> None:
+def sum_up() -> None:
+    """Writes the summary and its page, and names what was left out of it."""
+    from benchmarks.first_report import write
+    from benchmarks.first_summary import summary
+
+    result = summary(records())
+    for line in result["notes"]:
+        print(f"note: {line}", flush=True)
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(result, indent=1) + "\n")
+    write(PAGE, result)
+    print(f"written: {OUT}, {PAGE}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs a stage."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     stages = ["tune", "main", "evaluate", "time", "summary"]
     parser.add_argument("--stage", choices=stages, required=True)
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--methods", default=",".join(TUNING), help="methods to tune")
-    parser.add_argument("--examples", type=int, default=200, help="test examples of a task")
+    parser.add_argument("--methods", default=",".join(TUNING))
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="test examples of a task")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--minutes", type=float, default=1e6, help="start nothing after these")
     parser.add_argument("--list", action="store_true", help="print the runs and do nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     until, tasks = time.time() + 60 * args.minutes, args.tasks.split(",")
     for flag, got, known in (("tasks", tasks, TASKS), ("methods", args.methods.split(","), TUNING)):
         if unknown := [name for name in got if name not in known]:
             parser.error(f"--{flag}: {unknown[0]!r}; expected some of {', '.join(known)}")
+    if args.stage == "time" and args.jobs != 1:
+        parser.error(f"--jobs={args.jobs}: times are measured one at a time; expected 1")
+    if args.examples < 2:
+        parser.error(f"--examples={args.examples}; expected 2 or more")
     if args.stage == "summary":
-        from benchmarks.first_report import write
-        from benchmarks.first_summary import summary
-
-        result = summary(records())
-        OUT.write_text(json.dumps(result, indent=1) + "\n")
-        write(PAGE, result)
-        print(f"written: {OUT}, {PAGE}")
+        sum_up()
         return
+    methods = methods_here(args.methods.split(","))
     if args.stage == "tune":
-        jobs = [j for t in tasks for m in args.methods.split(",") for j in tuning_jobs(t, m)]
+        jobs = [job for task in tasks for method in methods for job in tuning_jobs(task, method)]
     else:
-        jobs = main_jobs(tasks)
+        jobs = main_jobs(tasks, methods)
+        jobs = timed(jobs) if args.stage == "time" else jobs
     if args.list:
         print("\n".join(f"{'done' if trained(job) else '    '} {job.name}" for job in jobs))
     elif args.stage in ("tune", "main"):
-        train(jobs, until)
+        train(jobs, until, args.jobs)
     elif args.stage == "evaluate":
-        measure(jobs, "test", args.examples, until)
+        measure(jobs, "test", args.examples, until, args.jobs)
     else:
-        measure(jobs, "time", 8, until)
+        measure(jobs, "time", TIMED, until, 1)
 
 
 if __name__ == "__main__":

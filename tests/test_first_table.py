@@ -1,71 +1,44 @@
-"""FiRST's table: which runs it starts, what it keeps, and the numbers that it makes of records."""
+"""FiRST's table: which runs it starts and how, side by side, and what it keeps of them."""
 
+import fcntl
 import json
+import os
+import pathlib
 import sys
-from html.parser import HTMLParser
+import time
 
-import numpy as np
 import pytest
 
-from benchmarks import first_report, first_score, first_summary, first_table
-from benchmarks.first_table import ARMS, SEEDS, Arm, Job
+from benchmarks import first_arms, first_score, first_table, first_workers
+from benchmarks.first_arms import ARMS, COMPARED, TUNING, Arm, Job
+from benchmarks.first_workers import Work, core_shares, side_by_side
 from jaxreason import config
-from jaxreason.eval.bootstrap import difference_interval
 from jaxreason.recipes import recipes
+from jaxreason.train.runs import RunData
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.setattr(first_table, "RECORDS", tmp_path / "results" / "runs.json")
-    monkeypatch.setattr(first_table, "ROOT", tmp_path / "runs")
-
-
-def record(task: str, arm: Arm, seed: int, quality: float, ratio: float, sets=None) -> dict:
-    """A run's record as `main`, `evaluate` and `time` leave it, of 6 examples and 4 layers."""
-    rng = np.random.default_rng([seed, len(arm.label)])
-    metrics = first_summary.METRICS[task]
-    return {
-        "task": task, "seed": seed, "setting": {}, "loss": 1.0, "tokens": 2e5, "flops": 1e12,
-        "wall_s": 60.0, "arm": {"method": arm.method, "skip": arm.skip, "lora": arm.lora},
-        "test": {
-            "examples_sha256": task,
-            "means": {"finished": 1.0},
-            "scores": {m: (quality + rng.normal(0, 1, 6)).tolist() for m in metrics},
-            "sets": sets or ["1111"] * 6,
-        },
-        "time": {"seconds_per_token": 0.03 * ratio, "all_layers": 0.03, "ratio": ratio},
-    }  # fmt: skip
-
-
-def table() -> dict[str, dict]:
-    """Records of both tasks: FiRST at 0.2 is timed between the peers' 0.2 and no skipping."""
-    plan = {
-        Arm("none", 0.0): (50, 1.0), Arm("none", 0.0, False): (20, 1.0),
-        Arm("first", 0.2): (45, 0.85), Arm("unified", 0.2): (40, 0.8),
-        Arm("unified", 0.4): (20, 0.6), Arm("random", 0.2): (30, 0.8),
-        Arm("first", 0.2, False): (25, 0.85),
-    }  # fmt: skip
-    sets = {
-        "docstrings": ["1101", "1101", "1101", "1011", "1011", "1011"],
-        "gsm_symbolic": ["1011"] * 6,
-    }
-    found = {}
-    for task, chosen in sets.items():
-        for arm, (quality, ratio) in plan.items():
-            for seed in arm.seeds:
-                own = chosen if arm.method == "first" else None
-                found[f"{task}-{arm.label}-{seed}"] = record(task, arm, seed, quality, ratio, own)
-    return found
+    monkeypatch.setattr(first_arms, "ROOT", tmp_path / "runs")
 
 
 def test_arms():
-    assert len(ARMS) == len(set(ARMS)) == 18
-    assert sum(len(arm.seeds) for arm in ARMS) == 3 * 6 + 12
-    assert {a.label for a in ARMS} >= {"first-skip20", "unified-skip40-plain", "none", "none-plain"}
+    assert len(ARMS) == len(set(ARMS)) == 24
+    assert sum(len(arm.seeds) for arm in ARMS) == 3 * 2 * len(COMPARED) + 16
+    labels = {arm.label for arm in ARMS}
+    assert labels >= {
+        "first-skip20",
+        "evenly-skip40-plain",
+        "none",
+        "none-plain",
+        "layerskip-skip20",
+    }
+    assert "layerskip-skip20-plain" not in labels
 
 
 def test_commands(monkeypatch):
-    monkeypatch.setattr(first_table, "given_length", lambda task, arm: (100, 40))
+    monkeypatch.setattr(first_arms, "given_length", lambda task, arm: (100, 40))
     changes = (("optim.learning_rate", 5e-4), ("router_optim.learning_rate", 3e-3))
     job = Job("docstrings", Arm("first", 0.2), 2, changes)
     command = job.command()
@@ -73,6 +46,7 @@ def test_commands(monkeypatch):
     assert command[:4] == [sys.executable, "-m", "jaxreason.main", f"--config={given}"]
     assert "--config.optim.learning_rate=0.0005" in command
     assert "--config.data.source.part=train" in command
+    assert "--config.train.eval_every=0" in command and "--config.run.samples=0" in command
     assert not [flag for flag in command if "steps" in flag or "lora" in flag]
     tune = Job("docstrings", Arm("first", 0.2), 100, changes, True).command()
     assert "--config.train.steps=50" in tune and "--config.router_steps=20" in tune
@@ -85,8 +59,8 @@ def test_commands(monkeypatch):
 def test_every_run_is_a_config():
     known = {cls.__name__: cls for cls in recipes()}
     for task in first_table.TASKS:
-        for arm in ARMS:
-            settings = tuple(first_table.TUNING[arm.method][-1].items())
+        for arm in (arm for arm in ARMS if arm.method in first_arms.offered()):
+            settings = tuple(TUNING[arm.method][1].items())
             cfg = config.parse(Job(task, arm, 3, settings).config(), recipes=known).config
             assert (cfg.run.seed, cfg.data.source.part) == (3, "train")
             assert cfg.optim.learning_rate == 1e-3 and (cfg.lora is not None) == arm.lora
@@ -95,7 +69,7 @@ def test_every_run_is_a_config():
             kept = cfg.method.decision.kept if arm.method == "first" else None
             kept = getattr(cfg.method, "kept", 30 if arm.method == "none" else kept)
             assert kept == round(30 * (1 - arm.skip))
-            if arm.lora:
+            if arm.lora and task == "docstrings":
                 tune = Job(task, arm, 3, settings, True).config()
                 assert config.parse(tune, recipes=known).config.train.steps == cfg.train.steps // 2
 
@@ -109,43 +83,238 @@ def test_names_tell_settings_apart():
     assert len(names | {name(optim=5e-4, router_optim=3e-3)}) == 3
 
 
-def test_every_method_has_equal_tuning():
-    assert {len(runs) for runs in first_table.TUNING.values()} == {3}
-    for method, runs in first_table.TUNING.items():
-        assert len({job.name for job in first_table.tuning_jobs("docstrings", method)}) == len(runs)
+def test_every_method_has_the_same_tuning():
+    first, *others = TUNING.values()
+    assert len(first) == 3 and all(runs == first for runs in others)
+    for method, runs in TUNING.items():
+        assert len({job.name for job in first_arms.tuning_jobs("docstrings", method)}) == len(runs)
+
+
+def tune(task: str, method: str, *losses: float) -> list[Job]:
+    jobs = first_arms.tuning_jobs(task, method)
+    for job, loss in zip(jobs, losses):
+        first_table.keep_record(job.name, loss=loss)
+    return jobs
 
 
 def test_the_best_setting_is_chosen_once_all_are_tuned():
-    jobs = first_table.tuning_jobs("docstrings", "unified")
-    for job, loss in zip(jobs[:2], (1.5, 1.2)):
-        first_table.keep_record(job.name, loss=loss)
+    jobs = tune("docstrings", "unified", 1.5, 1.2)
     assert first_table.setting("docstrings", "unified") is None
-    with pytest.raises(SystemExit, match="first is not tuned on docstrings"):
-        first_table.main_jobs(["docstrings"])
+    with pytest.raises(SystemExit, match="not tuned: unified on docstrings"):
+        first_table.main_jobs(["docstrings"], ["unified"])
     first_table.keep_record(jobs[2].name, loss=1.9)
     assert first_table.setting("docstrings", "unified") == jobs[1].changes
+    main = first_table.main_jobs(["docstrings"], ["unified"])
+    assert len(main) == 2 * 3 + 2 and {job.changes for job in main} == {jobs[1].changes}
+    timed = first_arms.timed(main)
+    assert [(job.seed, job.arm) for job in timed] == [(1, Arm("unified", s)) for s in (0.2, 0.4)]
 
 
-def test_what_is_on_record_is_not_measured_again(monkeypatch):
-    jobs = [Job("docstrings", Arm("unified", 0.2), seed) for seed in SEEDS]
-    for job in jobs[:2]:
-        first_table.keep_record(job.name, loss=1.0)
-    first_table.keep_record(jobs[0].name, test={"means": 1})
+def test_a_method_that_the_config_lacks_is_named_and_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(first_table, "offered", lambda: ("none", "first"))
+    assert first_table.methods_here(["none", "layerskip", "first"]) == ["none", "first"]
+    assert "smollm2.py has no method layerskip; its arms are left out" in capsys.readouterr().out
+    first_table.main(["--stage=tune", "--tasks=docstrings", "--methods=layerskip", "--list"])
+    assert "layerskip" in capsys.readouterr().out
+
+
+def work(folder: pathlib.Path, code: str, finish=lambda cores: None, waits=lambda: True) -> Work:
+    return Work(folder.name, folder, [sys.executable, "-c", code], waits, finish)
+
+
+WAIT = "import time, pathlib\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.01)\n"
+TELL = "import os, pathlib\npathlib.Path({!r}).write_text(str(sorted(os.sched_getaffinity(0))))\n"
+
+
+def test_two_run_at_once_on_cores_of_their_own(tmp_path):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    a, b = tmp_path / "a", tmp_path / "b"
+    # Each ends only when the other has begun.
+    works = [
+        work(own, TELL.format(f"{own}.cores") + WAIT.format(f"{other}.cores"))
+        for own, other in ((a, b), (b, a))
+    ]
+    done = []
+    works = [Work(w.name, w.folder, w.command, w.waits, done.append) for w in works]
+    before = os.sched_getaffinity(0)
+    side_by_side(works, 2, time.time() + 60)
+    assert os.sched_getaffinity(0) == before and done == [len(before) // 2] * 2
+    cores = [set(json.loads(pathlib.Path(f"{f}.cores").read_text())) for f in (a, b)]
+    assert cores[0] and cores[1] and not cores[0] & cores[1]
+
+
+def test_core_shares(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 5, 6})
+    assert core_shares(1) == [[0, 1, 2, 5, 6]] and core_shares(2) == [[0, 1], [2, 5]]
+    for jobs in (0, 6):
+        with pytest.raises(SystemExit, match="expected 1 to 5"):
+            core_shares(jobs)
+
+
+def test_a_failure_is_named_when_the_others_have_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_workers, "core_shares", lambda jobs: [[0]] * jobs)
+    done, slow, late = [], tmp_path / "slow", tmp_path / "late"
+    bad = "import sys; print('the cause', file=sys.stderr); sys.exit(3)"
+    works = [
+        work(tmp_path / "bad", bad),
+        work(slow, "import time; time.sleep(1)", lambda cores: done.append("slow")),
+        work(late, "", lambda cores: done.append("late")),
+    ]
+    with pytest.raises(SystemExit) as error:
+        side_by_side(works, 2, time.time() + 60)
+    assert done == ["slow"]
+    assert str(error.value).startswith("error: bad ended with exit code 3: the cause")
+    assert (tmp_path / "bad.log").read_text() == "the cause\n"
+
+
+def test_what_runs_elsewhere_or_is_done_or_late_is_not_started(tmp_path, capsys):
     ran = []
+    other = work(tmp_path / "other", "", lambda cores: ran.append("other"))
+    done = work(tmp_path / "done", "", lambda cores: ran.append("done"), lambda: False)
+    with open(tmp_path / "other.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        side_by_side([other, done], 1, time.time() + 60)
+    assert not ran and "other runs elsewhere, passed over" in capsys.readouterr().out
+    side_by_side([other], 1, 0.0)
+    assert not ran and "time is up before other" in capsys.readouterr().out
+    side_by_side([other], 1, time.time() + 60)
+    assert ran == ["other"]
 
-    def fake(command, what):
-        ran.append(what)
-        out = jobs[1].folder / "test.json"
-        out.parent.mkdir(parents=True)
-        out.write_text(json.dumps({"means": 2}))
 
-    monkeypatch.setattr(first_table, "run", fake)
-    first_table.measure(jobs, "test", 5, 1e12)
-    first_table.measure(jobs, "test", 5, 1e12)
-    assert ran == [f"test {jobs[1].name}"]
-    assert first_table.records()[jobs[1].name] == {"loss": 1.0, "test": {"means": 2}}
-    first_table.measure(jobs, "time", 5, 0.0)  # Time is up.
-    assert len(ran) == 1
+def test_the_lock_lasts_as_long_as_the_command(tmp_path):
+    stop, folder = tmp_path / "stop", tmp_path / "run"
+    running = first_workers.start(work(folder, WAIT.format(str(stop))), core_shares(1)[0])
+    assert running is not None
+    with open(f"{folder}.lock", "w") as lock:
+        with pytest.raises(BlockingIOError):  # The table holds nothing: it is the command's.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stop.touch()
+        assert running.process.wait(60) == 0
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+RUN = """
+import json, pathlib
+folder = pathlib.Path({folder!r})
+folder.mkdir(parents=True)
+rows = [
+    dict(kind="eval", step=0, loss=9.0), dict(kind="train", step=4, tokens={tokens}, flops=1e9,
+    learned_tokens=11.0, time_s=2.0), dict(kind="eval", step=4, loss=1.5),
+]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
+(folder / "config.json").write_text("{{}}")
+(folder / "facts.json").write_text(json.dumps(dict(commit="abc", corpus_sha256="c")))
+(folder / "report.html").touch()
+"""
+
+
+def test_what_training_leaves_is_put_on_record(monkeypatch, capsys):
+    tokens = {1: 245760.0, 2: 1000.0}
+    commands = {
+        seed: [sys.executable, "-c", RUN.format(folder=str(job.folder), tokens=tokens[seed])]
+        for seed in tokens
+        for job in [Job("docstrings", Arm("random", 0.4), seed)]
+    }
+    monkeypatch.setattr(Job, "command", lambda job: commands[job.seed])
+    jobs = [Job("docstrings", Arm("random", 0.4), seed) for seed in (1, 2)]
+    first_table.train(jobs[:1], time.time() + 60, 1)
+    known = first_table.records()[jobs[0].name]
+    want = {"loss": 1.5, "steps": 4, "tokens": 245760.0, "learned_tokens": 11.0, "seed": 1}
+    assert {key: known[key] for key in want} == want
+    assert known["cores"] == len(os.sched_getaffinity(0)) and known["facts"]["commit"] == "abc"
+    assert known["arm"] == {"method": "random", "skip": 0.4, "lora": True}
+    for _ in range(2):  # Also where it is on record.
+        with pytest.raises(SystemExit, match="saw 1000 tokens of 200,000"):
+            first_table.train(jobs, time.time() + 60, 1)
+    capsys.readouterr()
+    first_table.train(jobs[:1], time.time() + 60, 1)
+    assert not capsys.readouterr().out
+
+
+def test_records_are_whole_when_processes_write_at_once(tmp_path):
+    code = f"""
+        import pathlib, sys, threading
+        from benchmarks import first_table
+        first_table.RECORDS = pathlib.Path({str(first_table.RECORDS)!r})
+        for i in range(25):
+            first_table.keep_record(f"run{{i % 5}}", **{{f"{{sys.argv[1]}}-{{i}}": i}})
+    """
+    works = [
+        Work(who, tmp_path / who, [sys.executable, "-c", _dedent(code), who], lambda: True, print)
+        for who in ("a", "b", "c")
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(first_workers, "core_shares", lambda jobs: [[0]] * jobs)
+        side_by_side(works, 3, time.time() + 60)
+    found = first_table.records()
+    assert sum(len(entries) for entries in found.values()) == 3 * 25
+
+
+def _dedent(code: str) -> str:
+    return "\n".join(line[8:] for line in code.strip("\n").split("\n"))
+
+
+def measured(job: Job, what: str, examples: int, result: int) -> list[str]:
+    """Runs `measure` with a command that writes `result`; returns the names that it started."""
+    started = []
+    code = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
+
+    def fake(works, jobs, until):
+        for one in works:
+            out = one.command[-1]
+            text = json.dumps({"asked": examples, "means": result})
+            command = [sys.executable, "-c", code, out, text]
+            one.folder.mkdir(parents=True, exist_ok=True)
+            if one.waits():
+                started.append(one.name)
+            side_by_side([Work(one.name, one.folder, command, one.waits, one.finish)], 1, until)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(first_table, "side_by_side", fake)
+        first_table.measure([job], what, examples, time.time() + 60, 1)
+    return started
+
+
+def test_what_is_on_record_is_not_measured_again():
+    job = Job("docstrings", Arm("unified", 0.2), 1)
+    assert measured(job, "test", 5, 1) == []  # Not trained.
+    first_table.keep_record(job.name, loss=1.0)
+    assert measured(job, "test", 5, 2) == [f"test-{job.name}"]
+    assert measured(job, "test", 5, 3) == []
+    want = {"loss": 1.0, "test": {"asked": 5, "means": 2}}
+    assert first_table.records()[job.name] == want
+    # Other examples are another scoring; one whose file is there was only not put on record.
+    assert measured(job, "test", 6, 4) == [f"test-{job.name}"]
+    assert first_table.records()[job.name]["test"] == {"asked": 6, "means": 4}
+    assert measured(job, "test", 5, 5) == []
+    assert first_table.records()[job.name] == want
+
+
+def test_times_are_measured_alone(capsys):
+    with pytest.raises(SystemExit):
+        first_table.main(["--stage=time", "--jobs=2"])
+    assert "times are measured one at a time" in capsys.readouterr().err
+
+
+def run_data(**row) -> RunData:
+    facts = {"plan_sha256": "p", "corpus_sha256": "c"}
+    return RunData(name="r", rows=[{"kind": "train", "step": 9, **row}], facts=facts)
+
+
+def test_learned_tokens(monkeypatch):
+    job, counted = Job("docstrings", Arm("unified", 0.2), 1), []
+    monkeypatch.setattr(
+        first_score, "count_learned", lambda folder, steps: counted.append(steps) or 7.0
+    )
+    assert first_table.learned_tokens(job, run_data(learned_tokens=5.0)) == 5.0
+    assert first_table.learned_tokens(job, run_data()) == 7.0 and counted == [9]
+    # An untrained arm of the same rows learned nothing; a trained one learned the same.
+    facts = {"plan_sha256": "p", "corpus_sha256": "c"}
+    first_table.keep_record("plain", steps=9, facts=facts, learned_tokens=0.0)
+    assert first_table.learned_tokens(job, run_data()) == 7.0 and counted == [9, 9]
+    first_table.keep_record("other", steps=9, facts=facts, learned_tokens=8.0)
+    assert first_table.learned_tokens(job, run_data()) == 8.0 and counted == [9, 9]
 
 
 def test_test_examples_are_spread_and_the_same():
@@ -155,116 +324,3 @@ def test_test_examples_are_spread_and_the_same():
     numbers = [int(e.name.split("/")[-1]) for e in found]
     assert numbers == sorted(numbers) and numbers[-1] > 2500
     assert all(e.name.startswith("gsm_symbolic/1/") for e in found)
-
-
-def test_summary_numbers():
-    records = table()
-    result = first_summary.summary(records)
-    task = result["tasks"]["docstrings"]
-    first, unified, none = (
-        np.array([records[f"docstrings-{arm}-{s}"]["test"]["scores"]["rouge_l"] for s in seeds])
-        for arm, seeds in (("first-skip20", SEEDS), ("unified-skip20", SEEDS), ("none", (1,)))
-    )
-    found = task["arms"]["first-skip20"]
-    assert found["rouge_l"]["mean"] == pytest.approx(first.mean())
-    assert found["rouge_l"]["low"] < first.mean() < found["rouge_l"]["high"]
-    assert found["layers"] == [3, 3, 3] and found["ratio"] == pytest.approx(0.85)
-    (same_rate,) = [
-        d
-        for d in task["differences"]
-        if (d["arm"], d["other"], d["metric"]) == ("first-skip20", "unified-skip20", "rouge_l")
-    ]
-    want = difference_interval(first, unified)
-    assert (same_rate["mean"], same_rate["low"]) == (want.mean, want.low)
-    # At 0.85 of the time the peer stands a quarter of the way from its 0.8 to no skipping at 1.
-    (equal,) = [d for d in task["at_equal_time"] if d["other"] == "unified"]
-    assert equal["mean"] == pytest.approx((first - (0.75 * unified + 0.25 * none)).mean())
-    assert {(d["arm"], d["other"]) for d in task["differences"]} >= {
-        ("first-skip20", "first-skip20-plain"), ("first-skip20", "none"), ("none", "none-plain"),
-    }  # fmt: skip
-
-
-def test_layer_maps():
-    result = first_summary.summary(table())
-    entry = result["tasks"]["docstrings"]["maps"]["first-skip20"]
-    assert entry["share"] == [[1.0, 0.5, 0.5, 1.0]] * 3
-    assert entry["distinct_sets"] == [2] * 3
-    # 9 of the 15 pairs of inputs differ, in two layers.
-    assert entry["hamming"] == pytest.approx([2 * 9 / 15] * 3)
-    assert result["tasks"]["gsm_symbolic"]["maps"]["first-skip20"]["hamming"] == [0.0] * 3
-    between = result["between_tasks"]["first-skip20"]
-    assert between == {"tasks": pytest.approx(1.0), "seeds": 0.0}
-
-
-def test_other_examples_are_not_compared():
-    records = table()
-    records["docstrings-none-1"]["test"]["examples_sha256"] = "other"
-    with pytest.raises(ValueError, match="other examples"):
-        first_summary.summary(records)
-
-
-def test_no_time_outside_what_a_peer_has():
-    records = table()
-
-    def at(ratio: float) -> list[dict]:
-        for seed in SEEDS:
-            records[f"docstrings-first-skip20-{seed}"]["time"]["ratio"] = ratio
-        return first_summary.summary(records)["tasks"]["docstrings"]["at_equal_time"]
-
-    assert at(0.5) == []
-    # Faster than the peer's fastest by less than timing can tell: compared with that one.
-    (found,) = [d for d in at(0.59) if d["other"] == "unified"]
-    first, fastest = (
-        np.array([records[f"docstrings-{arm}-{s}"]["test"]["scores"]["rouge_l"] for s in SEEDS])
-        for arm in ("first-skip20", "unified-skip40")
-    )
-    assert found["mean"] == pytest.approx((first - fastest).mean()) and found["ratio"] == 0.6
-
-
-class Page(HTMLParser):
-    """Collects the texts and counts the marks of a page, and holds that every tag is closed."""
-
-    VOID = {"meta", "link", "br"}
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.texts, self.circles = [], [], 0
-
-    def handle_starttag(self, tag, attrs):
-        if tag not in self.VOID:
-            self.open.append(tag)
-        self.circles += tag == "circle"
-        links = [v for k, v in attrs if k in ("src", "href")]
-        assert not links  # Self-contained.
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-
-def test_page(tmp_path):
-    result = json.loads(json.dumps(first_summary.summary(table())))
-    first_report.write(tmp_path / "first.html", result)
-    page = Page()
-    page.feed((tmp_path / "first.html").read_text())
-    assert not page.open
-    text = " ".join(page.texts)
-    mean = result["tasks"]["docstrings"]["arms"]["first-skip20"]["chrf"]["mean"]
-    assert f"{mean:.2f}" in text and "first-skip20 − unified-skip20" in text
-    assert page.circles == 3 * 7  # Seven arms on three charts.
-    assert "nan" not in text and "seed 3" in text
-
-
-def test_page_before_anything_is_timed(tmp_path):
-    records = table()
-    for entry in records.values():
-        del entry["time"]
-    first_report.write(tmp_path / "first.html", first_summary.summary(records))
-    page = Page()
-    page.feed((tmp_path / "first.html").read_text())
-    assert page.circles == 0 and not page.open

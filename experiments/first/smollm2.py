@@ -6,9 +6,10 @@
 
 Tasks: docstrings (a Python function -> the first line of its docstring, split by package) and
 gsm_symbolic (word problems; needs jaxreason[tasks]). Methods: first (routers for 40 updates, then
-adapters under their decisions for 80), and for 120 updates of adapters none (all layers), unified,
-random, influence. `skip` is the share of the 30 layers that does not run in the completion. Without
-adapters: --config.lora=None --config.train.steps=40 for first, =1 for the others. The whole table:
+adapters under their decisions for 80), and for 120 updates of adapters none (all layers), unified
+(official rule), evenly, random, influence, layerskip (experiments/layerskip). `skip` is the share
+of the 30 layers that does not run in the completion. Without adapters: --config.lora=None
+--config.train.steps=40 for first, =1 for the others. The whole table:
 `python -m benchmarks.first_table`.
 Hardware: 2 CPU cores with AMX. 245,760 tokens a run.
 """
@@ -16,7 +17,9 @@ Hardware: 2 CPU cores with AMX. 245,760 tokens a run.
 from jaxreason.core.errors import UserError, nearest
 from jaxreason.data import Docstrings, GsmSymbolic, PairsConfig
 from jaxreason.depth.decision import Decision
+from jaxreason.depth.evenly import Evenly
 from jaxreason.depth.first import FirstConfig
+from jaxreason.depth.layerskip import LayerSkip
 from jaxreason.depth.sets import AllLayers, BlockInfluence, RandomLayers, Unified
 from jaxreason.nn.lora import LoraConfig
 from jaxreason.recipes.execute import RunConfig
@@ -28,7 +31,7 @@ from jaxreason.train.optim import OptimConfig
 
 MODEL, LAYERS = "models/smollm2", 30
 TASKS = {"docstrings": Docstrings(), "gsm_symbolic": GsmSymbolic()}
-METHODS = ("first", "none", "unified", "random", "influence")
+METHODS = ("first", "none", "unified", "evenly", "random", "influence", "layerskip")
 
 
 def get_config(arg: str = "docstrings,first") -> SkippingConfig:
@@ -39,12 +42,14 @@ def get_config(arg: str = "docstrings,first") -> SkippingConfig:
     methods = {
         # The first and the last layer always run; rho is the share of the others.
         "first": FirstConfig(
-            form="straight_through", decision=Decision(rule="top", kept=kept), alpha=0.0,
-            rate_weight=1.0, rate_target=(kept - 2) / (LAYERS - 2), init_bias=1.0,
-            init_std=0.01,  # Equal routers would keep the front alone: a loss of 23 in place of 5.
+            form="explore", decision=Decision(rule="top", kept=kept), alpha=0.0,
+            # Of the order of what a layer is worth in nats: with 1.0 all gates would open.
+            rate_weight=30.0, rate_target=(kept - 2) / (LAYERS - 2), init_bias=1.0,
         ),
         "none": AllLayers(),
         "unified": Unified(kept=kept),
+        "evenly": Evenly(kept=kept),
+        "layerskip": LayerSkip(kept=kept, dropout=0.1, e_scale=1.0, interval=8),
         "random": RandomLayers(kept=kept, seed=seed),
         "influence": BlockInfluence(kept=kept),
     }  # fmt: skip

@@ -2,7 +2,7 @@
 
     r_l(t) = sigmoid(w_l . h_l(t) + b_l)        router, one number a layer and token
     p_l    = mean over the prompt of r_l(t)     statistic of a sequence; decisions: depth.decision
-    stage 1, routers alone:  h <- g B_l(h) + (1 - g) h,  g from r_l or p_l;  loss
+    stage 1, routers alone:  h <- g B_l(h) + (1 - g) h,  g from r_l or p_l, or drawn;  loss
              L_CE + alpha mean(p) + lambda mean(p (1 - p)) + rate_weight (mean p - rho)^2
     stage 2, adapters alone: the layers run that the decision keeps, as in generation
 
@@ -51,9 +51,13 @@ class FirstConfig:
     """From statistics to layers."""
     gate: Literal["sequence", "token"] = "sequence"
     """Stage 1 mixes a layer in by the sequence's p_l or by each token's own r_l (reconstructed)."""
-    form: Literal["soft", "straight_through"] = "soft"
-    """Stage 1 mixes by probabilities, or by hard decisions with the gradient of the probabilities
-    (reconstructed)."""
+    form: Literal["soft", "straight_through", "explore"] = "soft"
+    """Stage 1 mixes by probabilities; or by hard decisions with the gradient of the probabilities;
+    or every layer runs but those, drawn by sequence, whose gate is uniform in (0, 1): its gradient,
+    which the probability gets, is on average what the layer is worth, and not the slope at a layer
+    that runs (reconstructed; the reviews speak of probabilistic skipping)."""
+    explore: float = 0.25
+    """Under `explore`: the share of gates that are drawn (reconstructed)."""
     alpha: float = 0.1
     """Weight of the mean keep probability (the paper has an alpha; value reconstructed)."""
     reg_weight: float = 0.01
@@ -80,6 +84,10 @@ class FirstConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not 0 <= self.rate_target <= 1:
             raise UserError(f"rate_target is {self.rate_target}; expected a share from 0 to 1")
+        if not 0 < self.explore <= 1:
+            raise UserError(f"explore is {self.explore}; expected a share above 0, at most 1")
+        if (self.form, self.gate) == ("explore", "token"):
+            raise UserError("form is explore with gate token; its draws are a sequence's, set gate")
         if (self.decision.rule, self.gate, self.form) == ("top", "token", "straight_through"):
             raise UserError(
                 "decision.rule is top with gate token and form straight_through, whose gates are "
@@ -125,12 +133,14 @@ def forward(
     run: Callable[[LayerWrap], Outputs],
     *,
     hard: bool,
+    key: jax.Array | None = None,
 ) -> Outputs:
     """A training forward over packed segments: `run(wrap)` is the model's, which it wraps.
 
     `hard` runs the layers that generation would run (stage 2, and evaluation); otherwise the gates
-    of stage 1. `Outputs.depth` is `Gates`. The rule `top` needs all statistics before the first
-    completion token meets a layer, as generation has them: one more forward, without gradient.
+    of stage 1, some of which `explore` draws with the step's `key`. `Outputs.depth` is `Gates`. The
+    rule `top` needs all statistics before the first completion token meets a layer, as generation
+    has them: one more forward, without gradient.
     """
     num_layers = routers["b"].shape[0]
     cfg.decision.check(num_layers, cfg.scope)
@@ -139,7 +149,28 @@ def forward(
         frozen = jax.lax.stop_gradient(routers)
         total, count = run(_reading_wrap(cfg, frozen, batch)).depth
         given = jax.lax.stop_gradient(decide_layers(cfg.decision, total, count))
-    return run(training_wrap(cfg, routers, batch, hard=hard, keep=given))
+    drawn = None
+    if cfg.form == "explore" and not hard:
+        drawn = explored_gates(cfg, key, batch, num_layers)
+    return run(training_wrap(cfg, routers, batch, hard=hard, keep=given, drawn=drawn))
+
+
+def explored_gates(cfg: FirstConfig, key: jax.Array | None, batch: Batch, num_layers: int):
+    """Drawn gates [L,B,S] of `form="explore"`, 1 where a layer runs as ever.
+
+    A segment's depend on the key, the layer and the segment's `example_id` alone, so that
+    micro-batches draw what the whole batch draws.
+
+    Raises:
+      ValueError: there is no key, or the batch has no `example_id`.
+    """
+    if key is None or "example_id" not in batch:
+        raise ValueError("form explore needs the step's key and the batch's example_id")
+    example_bs = segments.of_batch(batch).largest(batch["example_id"])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, example_bs.reshape(-1))
+    draw_2l = jax.vmap(lambda k: jax.random.uniform(k, (2, num_layers)))(keys)
+    chance, gate = jnp.moveaxis(draw_2l.reshape(*example_bs.shape, 2, num_layers), (2, 3), (0, 1))
+    return jnp.where(chance < cfg.explore, gate, 1.0)
 
 
 def training_wrap(
@@ -149,19 +180,21 @@ def training_wrap(
     *,
     hard: bool,
     keep: jax.Array | None = None,
+    drawn: jax.Array | None = None,
 ) -> LayerWrap:
     """Gated (stage 1) or hard (stage 2) layers over packed segments; `Outputs.depth` is `Gates`.
 
     `batch` has `segment_ids` and `prompt_mask` [B,T]. `keep` [L,B,S] bool gives the decisions where
-    another forward made them. Every layer is computed for all tokens and selected by masks: what
-    the tokens of a segment see is what they see in generation, since those that skip a layer are
-    read, in that layer, only by tokens that skip it too.
+    another forward made them, `drawn` [L,B,S] the gates of `form="explore"`. Every layer is
+    computed for all tokens and selected by masks: what the tokens of a segment see is what they see
+    in generation, since those that skip a layer are read, in that layer, only by tokens that skip
+    it too.
     """
     where = segments.of_batch(batch)
     decision, scope = cfg.decision, cfg.scope
 
     def apply(run, x, cache, extra):
-        w, b, always, given = extra
+        w, b, always, given, tried = extra
         r = keep_probability(w, b, x, decision.normalise)
         total, count = where.sums(r, where.prompt)
         p = total / jnp.maximum(count, 1.0)
@@ -179,6 +212,9 @@ def training_wrap(
                 by_token = r >= decision.threshold
                 forced = where.spread(decided) if cfg.gate == "sequence" else by_token
                 gate = forced + (gate - jax.lax.stop_gradient(gate))
+            elif cfg.form == "explore":
+                through = jnp.where(tried < 1.0, p - jax.lax.stop_gradient(p), 0.0)
+                gate = where.spread(tried + through)
             gate = jnp.where(runs_all | free, 1.0, gate)[:, :, None]
             mixed = gate * new.astype(jnp.float32) + (1.0 - gate) * x.astype(jnp.float32)
             # Unrolled, XLA would compute the sums of all layers below again in each: compiling 30
@@ -189,9 +225,8 @@ def training_wrap(
     num_layers = routers["b"].shape[0]
     always = jnp.asarray(decision.always(num_layers))
     none = jnp.zeros((num_layers, 0), bool)
-    return LayerWrap(
-        apply, (routers["w"], routers["b"], always, none if keep is None else keep)
-    )  # fmt: skip
+    given = [none if values is None else values for values in (keep, drawn)]
+    return LayerWrap(apply, (routers["w"], routers["b"], always, *given))
 
 
 def _reading_wrap(cfg: FirstConfig, routers, batch: Batch) -> LayerWrap:

@@ -41,6 +41,12 @@ class Segments:
         """What belongs to a segment [B,S], at each of its tokens [B,T]."""
         return jnp.take_along_axis(of_segment, self.ids, axis=1)
 
+    def largest(self, values_bt: jax.Array) -> jax.Array:
+        """The largest of a segment's int32 values [B,S]; the smallest int32 where it is empty."""
+        return jax.vmap(
+            lambda v, i: jax.ops.segment_max(v, i, num_segments=i.shape[0] + 1)
+        )(values_bt, self.ids)  # fmt: skip
+
     def has_prompt(self) -> jax.Array:
         """The segments [B,S] (bool) that have a prompt token."""
         return self.sums(jnp.zeros(self.ids.shape), self.prompt)[1] > 0

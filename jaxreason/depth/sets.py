@@ -11,7 +11,9 @@ import numpy as np
 
 from jaxreason.core.errors import UserError
 from jaxreason.depth.decision import Decision, Scope
+from jaxreason.depth.evenly import Evenly, evenly_set
 from jaxreason.depth.first import FirstConfig
+from jaxreason.depth.layerskip import LayerSkip, front
 from jaxreason.depth.unified import unified_set
 
 
@@ -63,7 +65,7 @@ class BlockInfluence:
     """Where layers are skipped; ShortGPT removes them altogether (`everywhere`)."""
 
 
-StaticSet = AllLayers | Unified | RandomLayers | BlockInfluence
+StaticSet = AllLayers | Unified | Evenly | RandomLayers | BlockInfluence | LayerSkip
 
 
 def choose(
@@ -79,6 +81,8 @@ def choose(
             return (True,) * num_layers
         case Unified():
             return unified_set(num_layers, method.kept)
+        case Evenly():
+            return evenly_set(num_layers, method.kept)
         case RandomLayers():
             always = Decision(always_keep=method.always_keep).always(num_layers)
             return random_set(num_layers, method.kept, method.seed, always)
@@ -86,6 +90,9 @@ def choose(
             always = Decision(always_keep=method.always_keep).always(num_layers)
             check_kept(method.kept, always)
             return most_influential(influence(method.batches), method.kept, always)
+        case LayerSkip():
+            method.check(num_layers)
+            return front(num_layers, method.kept)
 
 
 def gating(method: StaticSet) -> FirstConfig:

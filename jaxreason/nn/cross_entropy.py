@@ -223,7 +223,8 @@ def _forward(
     d_hidden = _join(d_hidden, cut, hidden_btd.shape)
     if order is not None:
         d_hidden = _ordered(d_hidden, jnp.argsort(order, axis=1))
-    if d_unembed is not None and cut != (1, 1):  # Over the devices, to where the parameter's parts lie.
+    if d_unembed is not None and cut != (1, 1):
+        # Over the devices, to where the parameter's parts lie.
         d_unembed = shard(d_unembed.sum((0, 1)), "embed", "vocab", rules=PARAM_RULES)
     return sums, (d_hidden, d_unembed, unembed_dv[:0])
 

@@ -24,7 +24,7 @@ def next_token(
     """Mean over weighted tokens of `-log p(target)`, plus `z_loss * logsumexp^2` (PaLM).
 
     `chunk` is the number of tokens a row whose float32 logits are held at once (0: automatic).
-    `sparse`: most tokens have no weight, as where prompts are not learned; it changes the time only.
+    `sparse`: most tokens have no weight, as where prompts are not learned; only the time changes.
     """
 
     def denominators(batch):

@@ -23,10 +23,12 @@ from jaxreason.core.precision import as_dtype
 from jaxreason.data.pairs_build import Pairs
 from jaxreason.data.pairs_config import PairsConfig
 from jaxreason.data.pairs_source import Item
-from jaxreason.depth import first, sets
+from jaxreason.depth import exits, first, layerskip, sets
 from jaxreason.depth.block_influence import block_influence
 from jaxreason.depth.decision import static_routers
+from jaxreason.depth.evenly import Evenly
 from jaxreason.depth.first import FirstConfig
+from jaxreason.depth.layerskip import LayerSkip
 from jaxreason.depth.sets import AllLayers, BlockInfluence, RandomLayers, Unified
 from jaxreason.eval.perplexity import make_eval_step, perplexity
 from jaxreason.models import decoder
@@ -62,7 +64,9 @@ class SkippingConfig:
     """What that model is; filled in when the run begins."""
     data: PairsConfig = PairsConfig()
     """Examples, split, rows."""
-    method: FirstConfig | AllLayers | Unified | RandomLayers | BlockInfluence = FirstConfig()
+    method: (
+        FirstConfig | AllLayers | Unified | Evenly | RandomLayers | BlockInfluence | LayerSkip
+    ) = FirstConfig()
     """What chooses the layers: routers that are trained, or a set that ignores the input."""
     router_steps: int = 200
     """Updates of FiRST's first stage, in which routers learn and the base rests (reconstructed).
@@ -136,22 +140,35 @@ def make_forward(cfg: SkippingConfig, model: ModelConfig, *, hard: bool) -> Forw
     `hard`: the layers that generation would run, with the adapters (`params["lora"]`) where the
     run has any. Otherwise the gates of the first stage, on the base alone.
     """
-    adapted = cfg.lora if hard else None
 
     def forward(params, batch: Mapping[str, Any], capture: tuple[int, ...] = (), key=None):
-        weights = params["model"]
-        if adapted is not None:
-            weights = lora.attach(weights, params["lora"], adapted, key, batch)
-
-        def run(wrap):
-            return decoder.forward(
-                weights, model, batch, dtype=as_dtype(cfg.compute_dtype), capture=capture,
-                wrap=wrap,
-            )  # fmt: skip
-
-        return first.forward(cfg.gating, params["routers"], batch, run, hard=hard)
+        _, run = _wrapped(cfg, model, hard, params, batch, capture, key)
+        return first.forward(cfg.gating, params["routers"], batch, run, hard=hard, key=key)
 
     return forward
+
+
+def make_exits_forward(cfg: SkippingConfig, model: ModelConfig, method: LayerSkip) -> Forward:
+    """The forward of all layers with the adapters; with a key, layers are dropped by row."""
+
+    def forward(params, batch: Mapping[str, Any], capture: tuple[int, ...] = (), key=None):
+        weights, run = _wrapped(cfg, model, True, params, batch, capture, key)
+        return exits.forward(method, model, weights, batch, run, key=key)
+
+    return forward
+
+
+def _wrapped(cfg: SkippingConfig, model: ModelConfig, adapted: bool, params, batch, capture, key):
+    """The base's weights, with adapters where the run has any, and `run(wrap)` -> Outputs."""
+    weights = params["model"]
+    if adapted and cfg.lora is not None:
+        weights = lora.attach(weights, params["lora"], cfg.lora, key, batch)
+
+    def run(wrap):
+        dtype = as_dtype(cfg.compute_dtype)
+        return decoder.forward(weights, model, batch, dtype=dtype, capture=capture, wrap=wrap)
+
+    return weights, run
 
 
 def make_phases(
@@ -174,10 +191,17 @@ def make_phases(
         optimisers: dict[str, optax.GradientTransformation] = {}
         if cfg.lora is not None:
             optimisers = {"lora": make_optimiser(cfg.optim, specs["lora"], steps - stage)}
-        loss = combine(completions, first.watched(cfg.gating, model.num_layers))
+        if isinstance(cfg.method, LayerSkip) and optimisers:
+            loss = exits.with_exits(
+                cfg.method, completions, model.num_layers, steps,
+                z_loss=cfg.z_loss, chunk=cfg.logit_chunk,
+            )  # fmt: skip
+            forward = make_exits_forward(cfg, model, cfg.method)
+        else:
+            loss = combine(completions, first.watched(cfg.gating, model.num_layers))
+            forward = make_forward(cfg, model, hard=True)
         name = "lora" if optimisers else "nothing"
-        hard = make_forward(cfg, model, hard=True)
-        phases.append(Phase(name, steps, loss, optimisers, frozen, hard))
+        phases.append(Phase(name, steps, loss, optimisers, frozen, forward))
     return tuple(phases)
 
 
@@ -196,7 +220,12 @@ class Built(execute.Built):
         hard = phase.name != "routers" or gating.form == "straight_through"
         passes += hard and gating.decision.rule == "top"
         trained = P.count({group: self.specs[group] for group in phase.optimisers})
-        return self.model_flops * passes / 3 + 6.0 * self.tokens * trained
+        at_exits, method = 0.0, self.cfg.method
+        if isinstance(method, LayerSkip) and phase.optimisers:
+            unembedding = 2 * self.model.token_width * self.model.vocab_size
+            count = layerskip.exits_a_step(method, self.model.num_layers, phase.until)
+            at_exits = passes * count * unembedding
+        return self.model_flops * passes / 3 + self.tokens * (6.0 * trained + at_exits)
 
     def learning_rate(self, step: int) -> Any:
         """The active phase's learning rate after `step` updates, for the report."""
@@ -208,8 +237,9 @@ class Built(execute.Built):
 
     @functools.cached_property
     def _eval_step(self):
-        forward = make_forward(self.cfg, self.model, hard=True)
-        watch = first.watched(self.cfg.gating, self.model.num_layers)
+        cfg, method, chunk = self.cfg, self.cfg.method, self.cfg.logit_chunk
+        forward = make_forward(cfg, self.model, hard=True)
+        watch = first.watched(cfg.gating, self.model.num_layers)
 
         def step(params, batch):
             seen = []
@@ -218,14 +248,22 @@ class Built(execute.Built):
                 seen.append(forward(params, batch))
                 return seen[0]
 
-            sums = make_eval_step(keep_outputs, self.cfg.logit_chunk, True)(params, batch)
+            sums = make_eval_step(keep_outputs, chunk, True)(params, batch)
             _, metrics, _ = watch.terms(seen[0], {}, batch, None, None, 0)
+            if isinstance(method, LayerSkip):  # What self-speculative decoding writes.
+                whole = make_exits_forward(cfg, self.model, method)
+                full = make_eval_step(whole, chunk, True)(params, batch)
+                metrics["full/loss"] = (full["nll"], full["tokens"])
+                metrics["full/accuracy"] = (full["correct"], full["tokens"])
             return sums, metrics
 
         return jax.jit(step)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Held-out loss of the model as it would run, in either stage, and the layers it runs."""
+        """Held-out loss of the model as it would run, in either stage, and the layers it runs.
+
+        Under LayerSkip also `full/loss` and `full/accuracy`, those of all layers.
+        """
         params, found, watched = self.groups(state), [], []
         for _, batch in self.held_out.iterate():
             sums, metrics = self._eval_step(params, self.put(batch))

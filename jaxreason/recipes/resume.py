@@ -18,6 +18,7 @@ FREE = (
     "run.allow_changes",
     "train.log_every",
     "train.eval_every",
+    "train.eval_at_start",
     "train.max_bad_steps",
     "train.profile_at",
     "train.profile_steps",

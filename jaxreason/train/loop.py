@@ -32,6 +32,8 @@ class TrainConfig:
     """Steps between two rows of training metrics."""
     eval_every: int = 100
     """Steps between two evaluations on held-out text; 0 evaluates only at the start and the end."""
+    eval_at_start: bool = True
+    """Whether the untrained state is evaluated too."""
     max_bad_steps: int = 10
     """Non-finite steps in a row (each skipped) after which the run stops with an error."""
     profile_at: tuple[int, ...] = ()
@@ -135,7 +137,7 @@ class _Loop:
 
     def begin(self) -> None:
         self.clock.switch("other")
-        if self.start == 0:
+        if self.start == 0 and self.run.cfg.eval_at_start:
             self.evaluate()
         self.paced = training(self.clock.seconds())
 

@@ -212,6 +212,62 @@ def test_straight_through_has_the_gradient_of_the_probabilities_at_the_hard_poin
     np.testing.assert_allclose(grad(ROUTERS)["b"][L - 1], expected, rtol=1e-4)
 
 
+EXPLORED = {**BATCH, "example_id": 10 * BATCH["segment_ids"] + np.arange(2)[:, None]}
+
+
+def test_explored_gates_are_drawn_by_example():
+    cfg = first.FirstConfig(form="explore", explore=0.4)
+    draw = jax.jit(lambda key, batch: first.explored_gates(cfg, key, batch, L))
+    drawn = np.asarray(draw(jax.random.key(1), EXPLORED))
+    assert drawn.shape == (L, 2, T + 1)
+    row = {name: field[1:] for name, field in EXPLORED.items()}  # A micro-batch of one row.
+    np.testing.assert_array_equal(draw(jax.random.key(1), row), drawn[:, 1:])
+    many = np.stack([draw(jax.random.key(i), EXPLORED)[:, :, 1:3] for i in range(300)])
+    assert abs((many < 1).mean() - 0.4) < 0.03
+    values = many[many < 1]
+    assert abs(values.mean() - 0.5) < 0.02
+    assert len(np.unique(values)) > 0.99 * len(values)  # No two layers, examples or steps share.
+    with pytest.raises(ValueError, match="key"):
+        first.explored_gates(cfg, None, EXPLORED, L)
+
+
+def test_explored_gates_give_the_probabilities_their_slope():
+    """A layer that is drawn is mixed in by its draw; its p moves as that draw would, others not."""
+    cfg = first.FirstConfig(form="explore", explore=0.5, decision=Decision(always_keep=(0,)))
+    drawn = first.explored_gates(cfg, jax.random.key(3), EXPLORED, L)
+    target = jnp.asarray(RNG.normal(size=X.shape), jnp.float32)
+
+    def loss(routers, drawn):
+        def run(wrap):
+            return Outputs(*stack(wrap, jnp.asarray(X))[:1], {}, depth=None)
+
+        wrap = first.training_wrap(cfg, routers, EXPLORED, hard=False, drawn=drawn)
+        return jnp.sum((run(wrap).final - target) ** 2)
+
+    value, (of_routers, of_gates) = jax.jit(jax.value_and_grad(loss, (0, 1)))(ROUTERS, drawn)
+    h = jnp.asarray(X)  # Mixed by hand, a layer after the other.
+    ids, prompt = BATCH["segment_ids"], BATCH["prompt_mask"] > 0
+    has = segments.of_batch(BATCH).has_prompt()
+    for layer in range(L):
+        new, _, _ = layers_of(h)[layer](h, ())
+        gate = drawn[layer] if layer else jnp.ones_like(drawn[layer])
+        gate = jnp.take_along_axis(jnp.where(has, gate, 1.0), ids, axis=1)
+        gate = jnp.where(prompt | (ids == 0), 1.0, gate)[:, :, None]
+        h = gate * new + (1 - gate) * h
+    np.testing.assert_allclose(value, jnp.sum((h - target) ** 2), rtol=1e-5)
+    # Prompts run every layer, so p and its slope do not depend on the gates.
+    free = first.training_wrap(cfg, ROUTERS, EXPLORED, hard=False, drawn=jnp.ones_like(drawn))
+
+    def p_of(b):
+        layers = (ROUTERS["w"], b, *free.per_layer[2:])
+        return stack(dataclasses.replace(free, per_layer=layers), jnp.asarray(X))[1].p
+
+    slope = jnp.where((drawn < 1) & has[None], of_gates, 0.0)
+    expected = jax.vjp(p_of, ROUTERS["b"])[1](slope)[0]
+    assert np.abs(expected[1:]).min() > 1e-4
+    np.testing.assert_allclose(of_routers["b"], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_a_later_turn_of_the_user_is_no_prompt():
     ids = jnp.asarray([[1, 1, 1, 1, 1, 2, 2, 2, 0]])
     mask = jnp.asarray([[1, 1, 0, 1, 0, 1, 1, 0, 1]])
@@ -230,7 +286,12 @@ def test_routers_start_by_keeping_every_layer():
 
 
 def test_wrong_settings_are_user_errors():
-    for cfg in (first.FirstConfig(alpha=-1.0), first.FirstConfig(rate_target=1.5)):
+    for cfg in (
+        first.FirstConfig(alpha=-1.0),
+        first.FirstConfig(rate_target=1.5),
+        first.FirstConfig(form="explore", explore=0.0),
+        first.FirstConfig(form="explore", gate="token"),
+    ):
         with pytest.raises(UserError):
             cfg.validate()
     wrong: list[tuple[Decision, Scope]] = [

@@ -8,6 +8,7 @@ from goldens import golden
 
 from jaxreason.core.errors import UserError
 from jaxreason.depth.block_influence import block_influence
+from jaxreason.depth.evenly import Evenly
 from jaxreason.depth.sets import (
     AllLayers,
     BlockInfluence,
@@ -95,6 +96,7 @@ def test_every_method_gives_its_set():
 
     assert choose(AllLayers(), 6, influence) == (True,) * 6
     assert choose(Unified(kept=3), 6, influence) == (True, False, False, True, False, True)
+    assert choose(Evenly(kept=3), 6, influence) == (True, False, False, True, False, True)
     assert choose(RandomLayers(kept=4, seed=3), 6, influence) == random_set(6, 4, 3, ENDS)
     by_influence = (False, True, False, True, False, True)
     assert choose(BlockInfluence(kept=3, batches=7), 6, influence) == by_influence

@@ -1,0 +1,175 @@
+"""FiRST's table as data: its arms, their seeds and settings, and the command line of each run."""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+
+CONFIG = "experiments/first/smollm2.py"
+ROOT = pathlib.Path("runs/first")
+TASKS = ("docstrings", "gsm_symbolic")
+METRICS = {"docstrings": ("rouge_l", "chrf"), "gsm_symbolic": ("exact", "rouge_l")}
+"""ROUGE-L of a worked solution against the reference's is a graded score beside the exact answer,
+of which a model of 135M gets few or none."""
+SKIPS = (0.2, 0.4)
+SEEDS = (1, 2, 3)
+TUNING_SEED = 100
+TUNING_SKIP = 0.2
+COMPARED = ("first", "unified", "evenly", "random")
+"""Three seeds with adapters: what the claim is about. `unified` is the official rule, which at
+these rates keeps the front and the last layer; `evenly` is what its paper says in words."""
+PEERS = ("none", "influence", "layerskip")
+"""One seed."""
+NEVER_PLAIN = ("layerskip",)
+"""Without its training it is the front of the model, as `unified` is."""
+RATES = (5e-4, 1e-3, 2e-3)
+TUNING: dict[str, list[dict[str, object]]] = {
+    method: [{"optim.learning_rate": rate} for rate in RATES] for method in (*COMPARED, *PEERS)
+}
+"""The same three rates of the adapters for every method, and nothing else: the fewest with which a
+best that lies inside can be told from one at the edge. What only FiRST has (its routers' rate and
+start) stays as the config file gives it, so that no method is searched more than another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A line of the table: how layers are chosen, how many are skipped, whether adapters learn."""
+
+    method: str
+    skip: float
+    lora: bool = True
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and folders."""
+        rate = f"-skip{round(100 * self.skip)}" if self.skip else ""
+        return f"{self.method}{rate}{'' if self.lora else '-plain'}"
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Three where the claim is about it, else one."""
+        return SEEDS if self.method in COMPARED and self.lora else SEEDS[:1]
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything of it is trained: adapters, or FiRST's routers."""
+        return self.lora or self.method == "first"
+
+
+ARMS = tuple(
+    Arm(method, skip, lora)
+    for lora in (True, False)
+    for skip in (*SKIPS, 0.0)
+    for method in (*COMPARED, *PEERS)
+    if (method == "none") == (skip == 0.0) and (lora or method not in NEVER_PLAIN)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run: its task, arm and seed, the fields that differ, and its folder's name."""
+
+    task: str
+    arm: Arm
+    seed: int
+    changes: tuple[tuple[str, object], ...] = ()
+    tuning: bool = False
+
+    @property
+    def name(self) -> str:
+        """The folder, which holds the setting: a run with another one is another run."""
+        setting = "-".join(
+            f"{'r' if field.startswith('router') else ''}{field.split('.')[-1][:2]}{value:g}"
+            for field, value in self.changes
+        )
+        kind = "tune-" if self.tuning else ""
+        return f"{kind}{self.task}-{self.arm.label}-{setting or 'given'}-seed{self.seed}"
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where it runs."""
+        return ROOT / self.name
+
+    @property
+    def setting(self) -> dict[str, object]:
+        """The fields that differ, as records hold them."""
+        return dict(self.changes)
+
+    def config(self) -> list[str]:
+        """The config and its overrides, as flags; held-out text is read at the end.
+
+        Samples are left out, as they compile generation anew in every run.
+        """
+        given = f"{self.task},{self.arm.method},skip={self.arm.skip:g},seed={self.seed}"
+        changes = {
+            "run.dir": self.folder,
+            "run.title": self.name,
+            "run.samples": 0,
+            "data.source.part": "train",
+            "train.eval_every": 0,
+            "train.eval_at_start": False,
+            **dict(self.changes),
+            **self.length(),
+        }
+        flags = [f"--config.{field}={value}" for field, value in changes.items()]
+        return [f"--config={CONFIG}:{given}", *flags]
+
+    def length(self) -> dict[str, object]:
+        """Half the updates to tune; without adapters those of the routers alone, or one of none."""
+        if self.arm.lora and not self.tuning:
+            return {}
+        steps, stage = given_length(self.task, self.arm)
+        is_first = self.arm.method == "first"
+        if not self.arm.lora:
+            return {"lora": None, "train.steps": stage if is_first else 1}
+        halves: dict[str, object] = {"train.steps": steps // 2}
+        return halves | ({"router_steps": stage // 2} if is_first else {})
+
+    def command(self) -> list[str]:
+        """The command line of the run."""
+        return [sys.executable, "-m", "jaxreason.main", *self.config()]
+
+
+@functools.cache
+def given_length(task: str, arm: Arm) -> tuple[int, int]:
+    """The updates that the config file gives an arm: all, and those of the routers."""
+    from jaxreason import config as config_lib
+    from jaxreason.recipes import recipes
+
+    known = {f"{cls.__module__}.{cls.__name__}": cls for cls in recipes()}
+    arg = f"--config={CONFIG}:{task},{arm.method},skip={arm.skip:g},seed=1"
+    cfg = config_lib.parse([arg], recipes=known).config
+    return cfg.train.steps, cfg.router_steps
+
+
+@functools.cache
+def offered() -> tuple[str, ...]:
+    """The methods that the config file knows, of those of the table."""
+    from experiments.first.smollm2 import METHODS
+
+    return tuple(method for method in TUNING if method in METHODS)
+
+
+def tuning_jobs(task: str, method: str) -> list[Job]:
+    """A method's tuning runs, all of one length and seed."""
+    arm = Arm(method, 0.0 if method == "none" else TUNING_SKIP)
+    return [Job(task, arm, TUNING_SEED, tuple(c.items()), True) for c in TUNING[method]]
+
+
+def chosen(
+    task: str, method: str, known: Mapping[str, Mapping]
+) -> tuple[tuple[str, object], ...] | None:
+    """The setting of the lowest held-out loss among records; None before all runs are there."""
+    jobs = tuning_jobs(task, method)
+    found = [(known[job.name]["loss"], job.changes) for job in jobs if job.name in known]
+    return min(found)[1] if len(found) == len(jobs) else None
+
+
+def timed(jobs: Sequence[Job]) -> list[Job]:
+    """The runs whose time a token is measured: one of each arm with adapters, on each task.
+
+    Other seeds, and the same layers without adapters (which are merged), run the same program over
+    as many layers; `first_summary` gives them that time, and only where they ran as many.
+    """
+    return [job for job in jobs if job.arm.lora and job.seed == job.arm.seeds[0]]
