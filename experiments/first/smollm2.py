@@ -49,7 +49,9 @@ def get_config(arg: str = "docstrings,first") -> SkippingConfig:
         "none": AllLayers(),
         "unified": Unified(kept=kept),
         "evenly": Evenly(kept=kept),
-        "layerskip": LayerSkip(kept=kept, dropout=0.1, e_scale=1.0, interval=8),
+        "layerskip": LayerSkip(
+            kept=kept, scope="decode_only", dropout=0.1, e_scale=1.0, interval=8
+        ),
         "random": RandomLayers(kept=kept, seed=seed),
         "influence": BlockInfluence(kept=kept),
     }  # fmt: skip

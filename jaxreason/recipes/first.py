@@ -7,23 +7,20 @@ examples and adapters are `recipes.finetune`'s, the run itself is `recipes.execu
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
-import optax
 from etils import epath
 
 from jaxreason.core import params as P
 from jaxreason.core.errors import UserError
 from jaxreason.core.mesh import MeshConfig, check_divides
-from jaxreason.core.objective import combine
-from jaxreason.core.precision import as_dtype
 from jaxreason.data.pairs_build import Pairs
 from jaxreason.data.pairs_config import PairsConfig
 from jaxreason.data.pairs_source import Item
-from jaxreason.depth import exits, first, layerskip, sets
+from jaxreason.depth import first, sets
 from jaxreason.depth.block_influence import block_influence
 from jaxreason.depth.decision import static_routers
 from jaxreason.depth.evenly import Evenly
@@ -37,16 +34,23 @@ from jaxreason.models.model import Model
 from jaxreason.models.model_config import shape_of
 from jaxreason.nn import lora
 from jaxreason.nn.lora import LoraConfig
+from jaxreason.recipes import base as base_lib
 from jaxreason.recipes import execute, finetune, open_model
 from jaxreason.recipes.base import BaseModel
 from jaxreason.recipes.execute import RunConfig
+from jaxreason.recipes.first_phases import (
+    flops_a_token,
+    make_exits_forward,
+    make_forward,
+    make_phases,
+)
 from jaxreason.recipes.init import InitConfig
 from jaxreason.recipes.program import assemble, make_create, resolve_model
 from jaxreason.recipes.samples import write_samples
 from jaxreason.train.checkpoint import CheckpointConfig
 from jaxreason.train.loop import TrainConfig
-from jaxreason.train.optim import OptimConfig, make_optimiser, make_schedule
-from jaxreason.train.phase import Forward, FrozenModel, Phase, active
+from jaxreason.train.optim import OptimConfig, make_schedule
+from jaxreason.train.phase import Phase, active
 from jaxreason.train.state import TrainState
 
 
@@ -134,77 +138,6 @@ class SkippingConfig:
             )
 
 
-def make_forward(cfg: SkippingConfig, model: ModelConfig, *, hard: bool) -> Forward:
-    """The forward of a base (`params["model"]`) under `params["routers"]`.
-
-    `hard`: the layers that generation would run, with the adapters (`params["lora"]`) where the
-    run has any. Otherwise the gates of the first stage, on the base alone.
-    """
-
-    def forward(params, batch: Mapping[str, Any], capture: tuple[int, ...] = (), key=None):
-        _, run = _wrapped(cfg, model, hard, params, batch, capture, key)
-        return first.forward(cfg.gating, params["routers"], batch, run, hard=hard, key=key)
-
-    return forward
-
-
-def make_exits_forward(cfg: SkippingConfig, model: ModelConfig, method: LayerSkip) -> Forward:
-    """The forward of all layers with the adapters; with a key, layers are dropped by row."""
-
-    def forward(params, batch: Mapping[str, Any], capture: tuple[int, ...] = (), key=None):
-        weights, run = _wrapped(cfg, model, True, params, batch, capture, key)
-        return exits.forward(method, model, weights, batch, run, key=key)
-
-    return forward
-
-
-def _wrapped(cfg: SkippingConfig, model: ModelConfig, adapted: bool, params, batch, capture, key):
-    """The base's weights, with adapters where the run has any, and `run(wrap)` -> Outputs."""
-    weights = params["model"]
-    if adapted and cfg.lora is not None:
-        weights = lora.attach(weights, params["lora"], cfg.lora, key, batch)
-
-    def run(wrap):
-        dtype = as_dtype(cfg.compute_dtype)
-        return decoder.forward(weights, model, batch, dtype=dtype, capture=capture, wrap=wrap)
-
-    return weights, run
-
-
-def make_phases(
-    cfg: SkippingConfig,
-    model: ModelConfig,
-    specs: Mapping[str, Any],
-    load: Any,
-) -> tuple[Phase, ...]:
-    """Routers, then adapters; for the peers adapters alone; without any, an update of nothing."""
-    stage, steps = cfg.first_stage, cfg.train.steps
-    completions = finetune.completion_objective(cfg)
-    frozen = {"model": FrozenModel(load, apply=None)}
-    phases = []
-    if stage:
-        optimiser = make_optimiser(cfg.router_optim, specs["routers"], stage)
-        loss = combine(completions, first.penalties(cfg.gating, model.num_layers))
-        gated = make_forward(cfg, model, hard=False)
-        phases.append(Phase("routers", stage, loss, {"routers": optimiser}, frozen, gated))
-    if stage < steps:
-        optimisers: dict[str, optax.GradientTransformation] = {}
-        if cfg.lora is not None:
-            optimisers = {"lora": make_optimiser(cfg.optim, specs["lora"], steps - stage)}
-        if isinstance(cfg.method, LayerSkip) and optimisers:
-            loss = exits.with_exits(
-                cfg.method, completions, model.num_layers, steps,
-                z_loss=cfg.z_loss, chunk=cfg.logit_chunk,
-            )  # fmt: skip
-            forward = make_exits_forward(cfg, model, cfg.method)
-        else:
-            loss = combine(completions, first.watched(cfg.gating, model.num_layers))
-            forward = make_forward(cfg, model, hard=True)
-        name = "lora" if optimisers else "nothing"
-        phases.append(Phase(name, steps, loss, optimisers, frozen, forward))
-    return tuple(phases)
-
-
 @dataclasses.dataclass
 class Built(execute.Built):
     """A run's parts, ready for the loop."""
@@ -214,18 +147,13 @@ class Built(execute.Built):
     """Specs of the groups in the run's checkpoints: `routers`, and `lora` where it has adapters."""
 
     def flops(self, phase: Phase) -> float:
-        """FLOPs of one step: every layer runs, and frozen weights have no gradient of their own."""
-        passes = 2 if phase.optimisers else 1
-        gating = self.cfg.gating
-        hard = phase.name != "routers" or gating.form == "straight_through"
-        passes += hard and gating.decision.rule == "top"
-        trained = P.count({group: self.specs[group] for group in phase.optimisers})
-        at_exits, method = 0.0, self.cfg.method
-        if isinstance(method, LayerSkip) and phase.optimisers:
-            unembedding = 2 * self.model.token_width * self.model.vocab_size
-            count = layerskip.exits_a_step(method, self.model.num_layers, phase.until)
-            at_exits = passes * count * unembedding
-        return self.model_flops * passes / 3 + self.tokens * (6.0 * trained + at_exits)
+        """FLOPs of one step."""
+        counts = {group: P.count(self.specs[group]) for group in phase.optimisers}
+        return self.tokens * flops_a_token(self.cfg, self.model, phase, sum(counts.values()))
+
+    def notes(self) -> list[str]:
+        """Lines to show when the run begins."""
+        return [*self.pairs.notes(), *base_lib.notes(self.cfg)]
 
     def learning_rate(self, step: int) -> Any:
         """The active phase's learning rate after `step` updates, for the report."""

@@ -1,20 +1,27 @@
 """Turns a method's config into the phases of a pretraining run."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from jaxreason.core.errors import UserError
 from jaxreason.core.objective import Objective, combine
+from jaxreason.depth import exits
+from jaxreason.depth.layerskip import LayerSkipPretraining
+from jaxreason.models import decoder
+from jaxreason.models.decoder import ModelConfig
 from jaxreason.nn.moe import Moe
 from jaxreason.objectives import let
 from jaxreason.objectives.distill import Distill, Salt, logit_distillation
 from jaxreason.objectives.let import Let
 from jaxreason.objectives.lm import NextToken, next_token
 from jaxreason.objectives.moe import router_losses
-from jaxreason.train.phase import FrozenModel, Phase
+from jaxreason.train.phase import Forward, FrozenModel, Phase
 
-Method = NextToken | Let | Distill | Salt
+Method = NextToken | Let | Distill | Salt | LayerSkipPretraining
 
 
 def stop_step(method: Let | Salt, steps: int) -> int:
@@ -45,6 +52,22 @@ def let_objective(
     return combine(plain, align)
 
 
+def exits_forward(
+    method: LayerSkipPretraining, model: ModelConfig, dtype: Any, steps: int
+) -> Forward:
+    """The forward of all layers, dropped by row where a key is given, whose exits can be read."""
+
+    def forward(params, batch: Mapping[str, Any], capture: tuple[int, ...] = (), key=None):
+        def run(wrap):
+            return decoder.forward(
+                params["model"], model, batch, dtype=dtype, capture=capture, wrap=wrap
+            )
+
+        return exits.forward(method, model, params["model"], batch, run, key=key, steps=steps)
+
+    return forward
+
+
 def make_phases(
     method: Method,
     *,
@@ -57,8 +80,12 @@ def make_phases(
     z_loss: float = 0.0,
     chunk: int = 0,
     moe: Moe | None = None,
+    model: ModelConfig | None = None,
+    dtype: Any = jnp.float32,
 ) -> tuple[Phase, ...]:
     """One phase with the teacher, where the method has one, and one without.
+
+    LayerSkip, which has a forward of its own, needs the resolved `model` and the compute `dtype`.
 
     A teacher whose weight is zero is never run: lambda_0 = 0 or w = 0 is the baseline itself.
     The losses of the trained model's router, where it has experts, belong to every phase.
@@ -68,6 +95,13 @@ def make_phases(
     plain = combine(plain, *routers) if routers else plain
     trained = {"model": optimiser}
     alone = Phase("next_token", steps, plain, trained)
+    if isinstance(method, LayerSkipPretraining):
+        if model is None:
+            raise ValueError("LayerSkip's phase needs the model's config")
+        method.check(student_layers)
+        loss = exits.with_exits(method, plain, student_layers, steps, z_loss=z_loss, chunk=chunk)
+        forward = exits_forward(method, model, dtype, steps)
+        return (Phase("layerskip", steps, loss, trained, forward=forward),)
     strength = method.lambda_0 if isinstance(method, Let) else getattr(method, "weight", 0.0)
     if isinstance(method, NextToken) or strength == 0:
         return (alone,)

@@ -232,5 +232,7 @@ def describe(
         z_loss=cfg.z_loss,
         chunk=cfg.logit_chunk,
         moe=cfg.model.moe,
+        model=model,
+        dtype=as_dtype(cfg.compute_dtype),
     )
     return assemble(cfg, mesh, model, {"model": specs}, phases, teacher)

@@ -10,7 +10,7 @@ from jaxreason.core.objective import Objective
 from jaxreason.core.outputs import Outputs
 
 # forward(params, batch, capture, key=None) -> Outputs; `params` holds all groups, `key` is the
-# step's and None outside training.
+# step's and None outside training; in training `batch` also has the step (`step`, int32[]).
 Forward = Callable[..., Outputs]
 
 

@@ -16,10 +16,10 @@ def make_train_step(
 ) -> Callable:
     """Returns `train_step(state, frozen_params, batch) -> (state, metrics)`, to be jitted.
 
-    `forward(params, batch, capture, key)` sees all groups of the parameters and the step's key; a
-    phase's own forward goes before it. `accumulate` micro-batches give the gradient of the whole
-    batch, since every term is divided by the whole batch's denominator. `clip_norm` bounds the
-    gradient's norm over all trained groups; 0 does not.
+    `forward(params, batch, capture, key)` sees all groups of the parameters, the step's key and the
+    step itself as `batch["step"]`; a phase's own forward goes before it. `accumulate` micro-batches
+    give the gradient of the whole batch, since every term is divided by the whole batch's
+    denominator. `clip_norm` bounds the gradient's norm over all trained groups; 0 does not.
     A step whose gradient or loss is not finite changes nothing but the counters.
     """
     objective, forward = phase.objective, phase.forward or forward
@@ -37,7 +37,8 @@ def make_train_step(
             }
             still = {n: frozen_params[n] for n, model in phase.frozen.items() if not model.apply}
             groups = {**still, **state.params, **trained}
-            outputs = forward(groups, micro, objective.captures, step_key)
+            seen = {**micro, "step": state.step}
+            outputs = forward(groups, seen, objective.captures, step_key)
             sums, metrics, update = objective.terms(
                 outputs, jax.lax.stop_gradient(frozen), micro, aux, step_key, state.step
             )
