@@ -131,7 +131,7 @@ def main() -> None:
             rank = None
             if score is not None:  # Spearman's: no two are equal.
                 places = [np.argsort(np.argsort(values[routed])) for values in (score, worth)]
-                rank = round(float(np.corrcoef(*places)[0, 1]), 3)
+                rank = round(float(np.corrcoef(places[0], places[1])[0, 1]), 3)
             entry = {"by": name, "loss_there": at, "spearman": rank, "loss_of_kept": loss(keep),
                      "skipped": [int(i) for i in np.flatnonzero(~np.array(keep))]}  # fmt: skip
             results["rows"].append(entry)

@@ -18,6 +18,7 @@ from typing import Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxreason.core import params as P
@@ -76,10 +77,15 @@ class FirstConfig:
     """First b: sigmoid(4) = 0.98, so that training starts near the full model (reconstructed)."""
     init_std: float = 0.0
     """Standard deviation of the first w (reconstructed)."""
+    init_order: Literal["equal", "influence"] = "equal"
+    """First b of the layers: `init_bias` for all, or spread about it by the rank of their block
+    influence, so that training starts at that peer's set and learns to leave it (reconstructed)."""
+    init_spread: float = 1.0
+    """Under `influence`: how far above and below `init_bias` the first b lie (reconstructed)."""
 
     def validate(self) -> None:
         """Raises UserError for values outside their range."""
-        for name in ("alpha", "reg_weight", "rate_weight", "init_std"):
+        for name in ("alpha", "reg_weight", "rate_weight", "init_std", "init_spread"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not 0 <= self.rate_target <= 1:
@@ -119,6 +125,13 @@ def specs(cfg: FirstConfig, num_layers: int, d_model: int) -> dict[str, ParamSpe
         "w": ParamSpec((num_layers, d_model), ("layers", "embed"), P.normal(cfg.init_std)),
         "b": ParamSpec((num_layers,), ("layers",), bias),
     }
+
+
+def ranked_bias(cfg: FirstConfig, influence: np.ndarray) -> np.ndarray:
+    """First b [L] under `init_order="influence"`: evenly spaced, in the order of influence [L]."""
+    rank = np.argsort(np.argsort(influence, kind="stable"), kind="stable")
+    even = 2.0 * rank / max(len(rank) - 1, 1) - 1.0
+    return (cfg.init_bias + cfg.init_spread * even).astype(np.float32)
 
 
 def skipper(cfg: FirstConfig, routers: dict[str, jax.Array]) -> Skipper:

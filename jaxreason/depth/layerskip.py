@@ -90,9 +90,9 @@ class LayerSkip(LayerSkipRecipe):
     kept: int = 0
     """Layers that run: E, the first ones."""
     scope: Scope = "everywhere"
-    """Where the others are skipped; the prompt too (paper: nothing above E is needed). Under
-    decode_only the prompt's last token is read by all layers, and so the first new token drawn; all
-    else is the same."""
+    """Where the others are skipped; the prompt too, as nothing above E is needed (reconstructed).
+    Under decode_only the prompt's last token is read by all layers, and so the first new token
+    drawn; all else is the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

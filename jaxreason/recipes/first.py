@@ -53,6 +53,9 @@ from jaxreason.train.optim import OptimConfig, make_schedule
 from jaxreason.train.phase import Phase, active
 from jaxreason.train.state import TrainState
 
+INFLUENCE_BATCHES = 4
+"""Training batches that FiRST's first order of layers is measured on, as many as the peer's."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SkippingConfig:
@@ -253,8 +256,15 @@ def build(cfg: SkippingConfig, *, items: Sequence[Item] | None = None) -> Built:
         return block_influence(run, load(), rows, model.num_layers)
 
     def init_state() -> TrainState:
-        if isinstance(cfg.method, FirstConfig):
-            return initialise({})
+        method = cfg.method
+        if isinstance(method, FirstConfig):
+            state = initialise({})
+            if method.init_order == "influence":
+                routers = dict(state.params["routers"])
+                bias = first.ranked_bias(method, influence(INFLUENCE_BATCHES))
+                routers["b"] = jax.device_put(bias, routers["b"].sharding)
+                state = dataclasses.replace(state, params=state.params | {"routers": routers})
+            return state
         chosen = sets.choose(cfg.method, model.num_layers, influence)
         return initialise({"routers": static_routers(chosen, model.d_model)})
 

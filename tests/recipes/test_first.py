@@ -178,8 +178,8 @@ def test_without_adapters_a_peer_is_its_base_under_a_set(room):
     for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(base.params), strict=True):
         np.testing.assert_array_equal(a, b)
     built = recipe.build(config(room, "influence"))
-    cosine, count = np.zeros(4), 0
-    for i in range(2):
+    cosine, count, influence = np.zeros(4), 0, {}
+    for i in range(recipe.INFLUENCE_BATCHES):
         batch = built.train_data.batch(i)
         states = jax.jit(
             lambda b: decoder.forward(base.params, FOUR, b, capture=(0, 1, 2, 3, 4)).captured
@@ -190,9 +190,19 @@ def test_without_adapters_a_peer_is_its_base_under_a_set(room):
             a, b = (np.asarray(states[k])[real] for k in (layer, layer + 1))
             norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
             cosine[layer] += ((a * b).sum(axis=1) / norms).sum()
-    expected = most_influential(1 - cosine / count, 2, (False,) * 4)
+        influence[i + 1] = 1 - cosine / count
+    expected = most_influential(influence[2], 2, (False,) * 4)
     assert (np.asarray(model.depth.routers["b"]) > 0).tolist() == list(expected)
     assert model.depth.scope == "everywhere"
+    # FiRST's routers can begin in that order, evenly spread about the first bias.
+    cfg = config(room)
+    method = dataclasses.replace(
+        cfg.method, init_order="influence", init_bias=2.0, init_spread=0.5, init_std=0.0
+    )
+    state = recipe.build(dataclasses.replace(cfg, method=method)).init_state()
+    first = np.asarray(state.params["routers"]["b"])
+    np.testing.assert_allclose(np.sort(first), np.linspace(1.5, 2.5, 4), rtol=1e-6)
+    np.testing.assert_array_equal(np.argsort(first), np.argsort(influence[4]))
 
 
 def test_wrong_configs_end_before_anything_runs(room, tmp_path, capsys):
