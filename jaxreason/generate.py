@@ -5,6 +5,7 @@
     python -m jaxreason.generate --checkpoint=MODEL --prompts=FILE.jsonl --out=FILE.jsonl
     python -m jaxreason.generate --checkpoint=MODEL --chat
     python -m jaxreason.generate --checkpoint=MODEL --prompt=TEXT --keep_layers=0-9,29 --skip_stats
+    python -m jaxreason.generate --checkpoint=MODEL --prompt=TEXT --self_speculative --exit_layer=8
 
 MODEL is a run's folder, a checkpoint, a Hugging Face folder or a .gguf file. Times go to stderr.
 Exit codes: 0 done, 2 bad input (one line says what).
@@ -80,6 +81,18 @@ class GenerateConfig:
     skip_stats: bool = False
     """Shows on stderr which layers ran for each completion, how many, and the time a token."""
 
+    self_speculative: bool = False
+    """Some layers draft tokens and all verify them: the full model's text, faster where the draft
+    is good. Without exit_layer and draft_layers, the model's own set or routers say which."""
+    exit_layer: int = 0
+    """The first so many layers draft (early exit); 0: see draft_layers."""
+    draft_layers: str = ""
+    """The layers that draft, as in 0-9,20,29 (or none)."""
+    draft_tokens: int = 6
+    """Tokens drafted before a verification."""
+    draft_stats: bool = False
+    """Shows on stderr how many draft tokens were accepted, tokens a verification, time a token."""
+
     def validate(self) -> None:
         """Raises UserError for flags that do not go together."""
         if not self.checkpoint:
@@ -99,8 +112,25 @@ class GenerateConfig:
             raise UserError("--skip=off runs all layers and --keep_layers only some; give one")
         if self.skip_scope == "everywhere" and not self.keep_layers:
             raise UserError("--skip_scope belongs to --keep_layers; routers have their own scope")
+        self._validate_drafts()
         if self.system and not (self.chat or self.message):
             raise UserError("--system belongs to --chat or --message")
+
+    def _validate_drafts(self) -> None:
+        own = ("exit_layer", "draft_layers", "draft_tokens", "draft_stats")
+        given = [n for n in own if getattr(self, n) != getattr(GenerateConfig, n)]
+        if not self.self_speculative and given:
+            raise UserError(f"--{given[0]} belongs to --self_speculative; give both")
+        if self.self_speculative and (self.keep_layers or self.skip_stats):
+            got = "keep_layers" if self.keep_layers else "skip_stats"
+            raise UserError(
+                f"--self_speculative gives the full model's text, and --{got} belongs to skipping; "
+                "see --draft_layers and --draft_stats"
+            )
+        if self.exit_layer and self.draft_layers:
+            raise UserError("--exit_layer and --draft_layers both name the draft; give one")
+        if self.draft_tokens < 1:
+            raise UserError(f"--draft_tokens is {self.draft_tokens}; expected at least 1")
 
 
 def parse(argv: Sequence[str]) -> GenerateConfig:
@@ -143,8 +173,8 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def keep_set(text: str, num_layers: int) -> tuple[bool, ...] | None:
-    """Whether each layer runs, from `--keep_layers`; None where it is not given.
+def keep_set(text: str, num_layers: int, flag: str = "keep_layers") -> tuple[bool, ...] | None:
+    """Whether each layer runs, from `--keep_layers` or another flag; None where it is not given.
 
     Raises:
         UserError: it names no layers, or some that the model does not have.
@@ -155,12 +185,11 @@ def keep_set(text: str, num_layers: int) -> tuple[bool, ...] | None:
     for part in [] if text == "none" else text.split(","):
         first, dash, last = part.strip().partition("-")
         if not (first.isdecimal() and (last.isdecimal() if dash else True)):
-            raise UserError(f"--keep_layers={text}: {part!r} is no layer; expected such as 0-9,29")
+            raise UserError(f"--{flag}={text}: {part!r} is no layer; expected such as 0-9,29")
         span = range(int(first), int(last or first) + 1)
         if not span or span[-1] >= num_layers:
             raise UserError(
-                f"--keep_layers={text}: {part!r} is not within the model's layers 0 to "
-                f"{num_layers - 1}"
+                f"--{flag}={text}: {part!r} is not within the model's layers 0 to {num_layers - 1}"
             )
         kept.update(span)
     return tuple(layer in kept for layer in range(num_layers))
@@ -240,7 +269,7 @@ def _prompts(cfg: GenerateConfig, model: Any) -> tuple[list[Any], list[dict[str,
 
 def run(cfg: GenerateConfig) -> None:
     """Does what the flags say."""
-    from jaxreason.rollout import Sampling, Stats, generate
+    from jaxreason.rollout import Sampling, SelfSpeculation, Stats, generate
     from jaxreason.rollout.chat import chat
 
     sampling = Sampling(
@@ -255,12 +284,18 @@ def run(cfg: GenerateConfig) -> None:
     if cfg.skip == "off":
         model = dataclasses.replace(model, depth=None)
     keep = keep_set(cfg.keep_layers, model.config.num_layers)
+    speculation = None
+    if cfg.self_speculative:
+        layers = keep_set(cfg.draft_layers, model.config.num_layers, "draft_layers")
+        speculation = SelfSpeculation(
+            exit_layer=cfg.exit_layer, layers=layers, tokens=cfg.draft_tokens
+        )
     try:
         if cfg.chat:
             chat(
                 model, sampling, system=cfg.system, max_new_tokens=cfg.max_new_tokens,
-                stop=cfg.stop, seed=cfg.seed, keep=keep, skip_scope=cfg.skip_scope, stats=stats,
-                out=sys.stdout,
+                stop=cfg.stop, seed=cfg.seed, keep=keep, skip_scope=cfg.skip_scope,
+                speculation=speculation, stats=stats, out=sys.stdout,
             )  # fmt: skip
             return
         prompts, sources = _prompts(cfg, model)
@@ -268,7 +303,7 @@ def run(cfg: GenerateConfig) -> None:
         done = generate(
             model, prompts, sampling, max_new_tokens=cfg.max_new_tokens, n=cfg.n, seed=cfg.seed,
             stop=cfg.stop, logprobs=cfg.logprobs, keep=keep, skip_scope=cfg.skip_scope,
-            batching=cfg.batching, slots=cfg.slots, stats=stats,
+            batching=cfg.batching, speculation=speculation, slots=cfg.slots, stats=stats,
             stream=_show if streamed else None,
         )  # fmt: skip
         if cfg.prompts or cfg.out:
@@ -280,6 +315,8 @@ def run(cfg: GenerateConfig) -> None:
                 _table(c, model)
     finally:
         print(stats.summary(), file=sys.stderr)
+        if cfg.draft_stats and stats.drafts:
+            print(stats.drafts.table(), file=sys.stderr)
         if cfg.skip_stats:
             none = "all layers ran: no routers were used, and --keep_layers is not given"
             print(stats.layers.table() if stats.layers else none, file=sys.stderr)

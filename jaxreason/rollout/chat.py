@@ -11,6 +11,7 @@ from jaxreason.depth.decision import Scope
 from jaxreason.rollout.chat_template import render_chat
 from jaxreason.rollout.engine import generate, prepare
 from jaxreason.rollout.sampling import Sampling
+from jaxreason.rollout.self_speculation import SelfSpeculation
 from jaxreason.rollout.stats import Stats
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) leaves, Ctrl-C stops a reply"
@@ -26,18 +27,23 @@ def chat(
     seed: int = 0,
     keep: tuple[bool, ...] | None = None,
     skip_scope: Scope = "decode_only",
+    speculation: SelfSpeculation | None = None,
     stats: Stats | None = None,
     read: Callable[[str], str] | None = None,
     out: TextIO,
 ) -> None:
     """Talks until /quit or the end of the input; `read(prompt)` gives the user's lines
-    (None: the terminal's). `keep` and `skip_scope`: the layers that run, as in `generate`.
+    (None: the terminal's). `keep` and `skip_scope`: the layers that run, `speculation`: those
+    that draft, as in `generate`.
 
     A reply that Ctrl-C stopped stays in the history as far as it came.
 
     Raises:
-        UserError: the model has no chat template, or it refuses a conversation of this form.
+        UserError: the model has no chat template, or it refuses a conversation of this form; the
+            model cannot draft as `speculation` says.
     """
+    if speculation is not None:
+        speculation.plan(model, [])  # Fails before it begins.
     model, read = prepare(model, slots=1), read or input
     start = [{"role": "system", "content": system}] if system else []
     history, turns = list(start), 0
@@ -68,7 +74,8 @@ def chat(
             prompt = render_chat(model, asked)
             reply = _reply(
                 model, prompt, sampling, out, max_new_tokens=max_new_tokens, stop=stop,
-                seed=seed + turns, keep=keep, skip_scope=skip_scope, stats=stats,
+                seed=seed + turns, keep=keep, skip_scope=skip_scope, speculation=speculation,
+                stats=stats,
             )  # fmt: skip
         except UserError as error:  # Too long for the model, say: the user may /reset.
             out.write(f"error: {error}\n")

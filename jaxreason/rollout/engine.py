@@ -24,6 +24,7 @@ from jaxreason.core import rng
 from jaxreason.core.errors import UserError
 from jaxreason.core.precision import as_dtype
 from jaxreason.depth.decision import Scope
+from jaxreason.rollout import draft_verify
 from jaxreason.rollout import slots as device
 from jaxreason.rollout.layer_stats import Batching, LayerStats, Skipped
 from jaxreason.rollout.prompts import Prompts, bucket
@@ -37,6 +38,7 @@ from jaxreason.rollout.requests import (
     encode_prompts,
 )
 from jaxreason.rollout.sampling import Sampling, stack_settings
+from jaxreason.rollout.self_speculation import Drafts, DraftStats, SelfSpeculation
 from jaxreason.rollout.stats import Stats
 
 HEADROOM = 256  # Tokens beyond the longest prompt that a cache starts with; then it doubles.
@@ -68,6 +70,7 @@ def generate(
     keep: Sequence[bool] | None = None,
     skip_scope: Scope = "decode_only",
     batching: Batching = "union",
+    speculation: SelfSpeculation | None = None,
     slots: int = 8,
     stream: Callable[[Delta], None] | None = None,
     cancel: Callable[[], bool] | None = None,
@@ -89,6 +92,8 @@ def generate(
             chooses by prompt, or all where it has none.
         skip_scope: with `keep`, whether prompts skip as well (`everywhere`).
         batching: `union` or `group`, where completions have different sets of layers.
+        speculation: some of the layers draft tokens, and all of them verify the drafts: the text is
+            the full model's. Of a model with `depth`, that is then the draft.
         slots: most completions decoded at a time.
         stream: called with new text as it comes.
         cancel: asked between chunks whether to stop everything.
@@ -116,8 +121,8 @@ def generate(
         for j in range(n)
     ]
     done = run(
-        model, requests, seed=seed, slots=slots, batching=batching, stream=stream, cancel=cancel,
-        stats=stats,
+        model, requests, seed=seed, slots=slots, batching=batching, speculation=speculation,
+        stream=stream, cancel=cancel, stats=stats,
     )  # fmt: skip
     if not logprobs:
         done = [dataclasses.replace(c, logprobs=None, sampling_logprobs=None) for c in done]
@@ -132,6 +137,7 @@ def run(
     slots: int = 8,
     chunk: int | None = None,
     batching: Batching = "union",
+    speculation: SelfSpeculation | None = None,
     stream: Callable[[Delta], None] | None = None,
     cancel: Callable[[], bool] | None = None,
     stats: Stats | None = None,
@@ -155,9 +161,13 @@ def run(
     if chunk is None:
         watched = stream is not None or any(r.stop for r in requests)
         chunk = 4 if watched else 16
+    plan = None
+    if speculation is not None:
+        model, requests, plan = speculation.plan(model, requests)
+        chunk = max(chunk, plan.tokens + 1)
     engine = _Engine(
         prepare(model, min(slots, len(requests))), requests, seed, slots, chunk,
-        batching == "group", stats or Stats(),
+        batching == "group", plan, stats or Stats(),
     )  # fmt: skip
     while engine.working:
         if cancel is not None and cancel():
@@ -174,8 +184,9 @@ def run(
 class _Engine:
     """One call of `run`: which request sits in which slot, and the device's state."""
 
-    def __init__(self, model, requests, seed: int, slots: int, chunk: int, grouped: bool, stats):
+    def __init__(self, model, requests, seed, slots, chunk: int, grouped: bool, plan, stats):
         self._model, self._requests, self._chunk, self._stats = model, requests, chunk, stats
+        self._plan = plan
         self._cfg, self._dtype = model.config, model.dtype
         self._size = min(slots, len(requests))
         self._queue = collections.deque(range(len(requests)))
@@ -191,8 +202,12 @@ class _Engine:
         self._skips = model.depth is not None or any(r.keep is not None for r in requests)
         self._grouped = grouped and self._skips
         self._ahead: list[int] = []  # Read and not in a slot: their sets of layers are known.
+        self._ran: dict[int, tuple[bool, ...]] = {}  # The sets of those that entered a slot.
         self._skipped: dict[int, Skipped] = {}
-        if self._skips:
+        self._drafts: dict[int, Drafts] = {}
+        if plan is not None:
+            stats.drafts = stats.drafts or DraftStats()
+        elif self._skips:
             stats.layers = stats.layers or LayerStats(num_layers=self._cfg.num_layers)
             stats.layers.batching = "group" if grouped else "union"
 
@@ -270,7 +285,7 @@ class _Engine:
             self._ahead += new
         running = [i for i in self._slots if i is not None]
         sets = collections.Counter(self._prompts.keep(i) for i in self._ahead)
-        now = self._skipped[running[0]].keep if running else sets.most_common(1)[0][0]
+        now = self._ran[running[0]] if running else sets.most_common(1)[0][0]
         chosen = [i for i in self._ahead if self._prompts.keep(i) == now][:number]
         self._ahead = [i for i in self._ahead if i not in chosen]
         return chosen
@@ -302,6 +317,9 @@ class _Engine:
         for place, (_, slot, i) in enumerate(group):
             self._slots[slot] = i
             self._touched[i] = None
+            if self._plan is not None and self._stats.drafts is not None:
+                layers = self._ran.get(i) or self._plan.front(self._cfg.num_layers)
+                self._drafts[i] = self._stats.drafts.new(self._requests[i], layers)
             self._replies[i].add(
                 drawn.tokens[place], drawn.logprobs[place], drawn.sampling_logprobs[place]
             )
@@ -309,10 +327,11 @@ class _Engine:
 
     def _sets(self, indices: Sequence[int], spare: int) -> Any:
         """The sets of layers of requests that enter slots, and a note of them for the reports."""
-        assert self._stats.layers is not None
         sets = [self._prompts.keep(i) for i in indices]
         for i, keep in zip(indices, sets):
-            request = self._requests[i]
+            request, self._ran[i] = self._requests[i], keep
+            if self._plan is not None or self._stats.layers is None:
+                continue
             self._replies[i].layers = [layer for layer, kept in enumerate(keep) if kept]
             self._skipped[i] = Skipped(
                 prompt_index=request.prompt_index, sample_index=request.sample_index, keep=keep
@@ -333,18 +352,22 @@ class _Engine:
             if need > self._capacity:
                 self._capacity = bucket(need)
                 self._state = device.grow(self._state, self._capacity)
-            self._state, decoded = device.decode(
-                self._model.params, self._state, self._eos, jnp.bool_(self._waiting),
-                cfg=self._cfg, dtype=self._dtype, chunk=self._chunk,
-            )  # fmt: skip
+            how: dict[str, Any] = {"cfg": self._cfg, "dtype": self._dtype, "chunk": self._chunk}
+            decode = device.decode
+            if self._plan is not None:
+                decode, how["plan"] = draft_verify.decode, self._plan
+            self._state, decoded = decode(
+                self._model.params, self._state, self._eos, jnp.bool_(self._waiting), **how
+            )
             decoded = jax.device_get(decoded)
-        if self._skips:
-            assert self._stats.layers is not None
-            self._stats.layers.add(
-                [self._skipped[i] for i in active],
-                [int(decoded.number[s]) for s, i in enumerate(self._slots) if i is not None],
-                int(decoded.computed), self._stats.decode_seconds - before,
-            )  # fmt: skip
+        rows = [s for s, i in enumerate(self._slots) if i is not None]
+        seconds = self._stats.decode_seconds - before
+        if self._stats.drafts is not None and self._plan is not None:
+            counts = [(*decoded.drafts[s], decoded.number[s]) for s in rows]
+            self._stats.drafts.add([self._drafts[i] for i in active], counts, seconds)
+        elif self._stats.layers is not None and self._skips:
+            numbers, computed = [int(decoded.number[s]) for s in rows], int(decoded.computed)
+            self._stats.layers.add([self._skipped[i] for i in active], numbers, computed, seconds)
         for slot, i in enumerate(self._slots):
             if i is None:
                 continue

@@ -211,7 +211,7 @@ def admit(
     keys = fold(fold(keys, entrants.prompt_index), entrants.sample_index)
     first = fold(keys, jnp.zeros_like(entrants.slot))
     drawn = sample(logits[entrants.source], entrants.sampling, first)
-    ended = _is_eos(drawn.tokens, eos_ids) & ~entrants.ignore_eos
+    ended = is_eos(drawn.tokens, eos_ids) & ~entrants.ignore_eos
     used = jnp.arange(entrants.slot.shape[0]) < entrants.number
     slot = jnp.where(used, entrants.slot, used.shape[0])
 
@@ -238,7 +238,8 @@ def _copy_row(to: jax.Array, source: jax.Array, row: jax.Array, slot: jax.Array)
     return jax.lax.dynamic_update_slice(to, one.astype(to.dtype), (slot, 0, 0, 0))
 
 
-def _is_eos(tokens: jax.Array, eos_ids: jax.Array) -> jax.Array:
+def is_eos(tokens: jax.Array, eos_ids: jax.Array) -> jax.Array:
+    """Whether each token [B] is one of `eos_ids` [E]."""
     return jnp.any(tokens[:, None] == eos_ids[None], axis=1)
 
 
@@ -246,7 +247,8 @@ def _is_eos(tokens: jax.Array, eos_ids: jax.Array) -> jax.Array:
 class Decoded:
     """What a call of `decode` drew: [B,chunk] each, of which a row's first `number` [B] hold.
 
-    `computed` []: layers computed, summed over the steps, where layers may be skipped.
+    `computed` []: layers computed, summed over the steps, where layers may be skipped. `drafts`
+    [B,3]: verifications, draft tokens and accepted ones, where drafts were made (`draft_verify`).
     """
 
     number: jax.Array
@@ -254,6 +256,7 @@ class Decoded:
     logprobs: jax.Array
     sampling_logprobs: jax.Array
     computed: jax.Array | None = None
+    drafts: jax.Array | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype", "chunk"), donate_argnums=1)
@@ -306,7 +309,7 @@ def decode(
         drawn = sample(decoder.logits(outputs)[:, 0], state.sampling, keys)
         token = jnp.where(active, drawn.tokens, state.token)
         count = state.count + active
-        ended = _is_eos(token, eos_ids) & ~state.ignore_eos
+        ended = is_eos(token, eos_ids) & ~state.ignore_eos
         state = dataclasses.replace(
             state, cache=cache, token=token, count=count,
             done=state.done | ended | (count >= state.limit),

@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 
 from jaxreason.rollout.layer_stats import LayerStats
+from jaxreason.rollout.self_speculation import DraftStats
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -26,6 +27,8 @@ class Stats:
     compile_seconds: float = 0.0
     layers: LayerStats | None = None
     """What skipping did; None where no layer could be skipped."""
+    drafts: DraftStats | None = None
+    """What self-speculative decoding did; None without it."""
 
     @contextlib.contextmanager
     def timed(self, stage: Literal["prefill", "decode"]) -> Iterator[None]:
