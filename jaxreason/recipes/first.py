@@ -265,7 +265,7 @@ def build(cfg: SkippingConfig, *, items: Sequence[Item] | None = None) -> Built:
                 routers["b"] = jax.device_put(bias, routers["b"].sharding)
                 state = dataclasses.replace(state, params=state.params | {"routers": routers})
             return state
-        chosen = sets.choose(cfg.method, model.num_layers, influence)
+        chosen = sets.choose(method, model.num_layers, influence)
         return initialise({"routers": static_routers(chosen, model.d_model)})
 
     if not isinstance(cfg.method, FirstConfig):  # Refused before it runs.
