@@ -23,7 +23,7 @@ PEERS = ("none", "influence", "layerskip")
 """One seed."""
 NEVER_PLAIN = ("layerskip",)
 """Without its training it is the front of the model, as `unified` is."""
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 TUNING: dict[str, list[dict[str, object]]] = {
     method: [{"optim.learning_rate": rate} for rate in RATES] for method in (*COMPARED, *PEERS)
 }
