@@ -63,7 +63,8 @@ def test_every_run_is_a_config():
             settings = tuple(TUNING[arm.method][1].items())
             cfg = config.parse(Job(task, arm, 3, settings).config(), recipes=known).config
             assert (cfg.run.seed, cfg.data.source.part) == (3, "train")
-            assert cfg.optim.learning_rate == 1e-3 and (cfg.lora is not None) == arm.lora
+            assert cfg.optim.learning_rate == first_arms.RATES[1]
+            assert (cfg.lora is not None) == arm.lora
             tokens = cfg.train.steps * cfg.data.batch_size * cfg.data.seq_len
             assert tokens >= first_table.LEAST_TOKENS or not arm.lora
             kept = cfg.method.decision.kept if arm.method == "first" else None

@@ -45,7 +45,7 @@ def get_config(arg: str = "docstrings,first") -> SkippingConfig:
             form="explore", decision=Decision(rule="top", kept=kept), alpha=0.0,
             # Of the order of what a layer is worth in nats: with 1.0 all gates would open.
             rate_weight=30.0, rate_target=(kept - 2) / (LAYERS - 2), init_bias=1.0,
-            init_order="influence",  # 40 updates from equal routers may drop a layer of great worth.
+            init_order="influence",  # From equal ones, 40 updates may drop what is worth most.
         ),
         "none": AllLayers(),
         "unified": Unified(kept=kept),
