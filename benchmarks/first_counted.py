@@ -4,7 +4,7 @@ import collections
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks.first_arms import TASKS, TUNING, Arm, chosen, tuning_jobs
+from benchmarks.first_arms import TASKS, TUNING, Arm, chosen, given_hash, tuning_jobs
 from jaxreason.core.errors import UserError
 
 SAME_LAYERS = 0.05
@@ -27,6 +27,8 @@ def current(records: Mapping[str, dict]) -> tuple[list[dict], list[str]]:
             others["of methods that are not tuned now"].append(name)
         elif record["setting"] != dict(setting):
             others["of a setting that is not the tuned one now"].append(name)
+        elif record.get("given") != given_hash(record["task"], arm):
+            others["of another config file"].append(name)
         elif record["seed"] not in arm.seeds:
             others["of seeds that their arm does not have now"].append(name)
         else:

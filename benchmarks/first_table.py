@@ -39,11 +39,13 @@ from benchmarks.first_arms import (
     TUNING,
     Job,
     chosen,
+    given_hash,
     offered,
     timed,
     tuning_jobs,
 )
 from benchmarks.first_workers import Work, locked, side_by_side
+from jaxreason.core.errors import UserError
 from jaxreason.train.runs import RunData, load_run
 
 RECORDS = pathlib.Path("docs/results/first_runs.json")
@@ -85,6 +87,7 @@ def trained(job: Job, cores: int | None = None) -> dict | None:
             arm=dataclasses.asdict(job.arm),
             seed=job.seed,
             setting=job.setting,
+            given=given_hash(job.task, job.arm),
             loss=last["loss"],
             steps=data.last_step,
             tokens=data.tokens if job.arm.learns else 0.0,
@@ -96,6 +99,11 @@ def trained(job: Job, cores: int | None = None) -> dict | None:
             facts={key: data.facts.get(key) for key in FACTS},
         )
         known = records()[job.name]
+    if known is not None and known.get("given") != given_hash(job.task, job.arm):
+        raise UserError(
+            f"{job.name} is on record with another config file than {CONFIG} is now; take it from "
+            f"{RECORDS} and move {job.folder} away"
+        )
     return known
 
 

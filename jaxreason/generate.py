@@ -127,6 +127,15 @@ class GenerateConfig:
                 f"--self_speculative gives the full model's text, and --{got} belongs to skipping; "
                 "see --draft_layers and --draft_stats"
             )
+        if (
+            self.self_speculative
+            and self.skip == "off"
+            and not (self.exit_layer or self.draft_layers)
+        ):
+            raise UserError(
+                "--skip=off drops the model's own choice of layers, which drafts; leave it out, "
+                "or give --exit_layer or --draft_layers"
+            )
         if self.exit_layer and self.draft_layers:
             raise UserError("--exit_layer and --draft_layers both name the draft; give one")
         if self.draft_tokens < 1:

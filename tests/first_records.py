@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from benchmarks.first_arms import ARMS, METRICS, TASKS, TUNING, Arm, Job, tuning_jobs
+from benchmarks.first_arms import ARMS, METRICS, TASKS, TUNING, Arm, Job, given_hash, tuning_jobs
 
 EXAMPLES, LAYERS = 12, 30
 GROUPS = {
@@ -33,6 +33,7 @@ def base(job: Job) -> dict:
     """What training leaves."""
     return {
         "task": job.task, "seed": job.seed, "setting": job.setting, "loss": 1.0, "steps": 120,
+        "given": given_hash(job.task, job.arm),
         "arm": {"method": job.arm.method, "skip": job.arm.skip, "lora": job.arm.lora},
         "tokens": 245760.0 if job.arm.learns else 0.0, "flops": 1e14, "wall_s": 60.0,
         "learned_tokens": 21000.0 if job.arm.learns else 0.0,

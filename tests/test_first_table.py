@@ -10,9 +10,10 @@ import time
 import pytest
 
 from benchmarks import first_arms, first_score, first_table, first_workers
-from benchmarks.first_arms import ARMS, COMPARED, TUNING, Arm, Job
+from benchmarks.first_arms import ARMS, COMPARED, TUNING, Arm, Job, given_hash
 from benchmarks.first_workers import Work, core_shares, side_by_side
 from jaxreason import config
+from jaxreason.core.errors import UserError
 from jaxreason.recipes import recipes
 from jaxreason.train.runs import RunData
 
@@ -25,7 +26,7 @@ def here(tmp_path, monkeypatch):
 
 def test_arms():
     assert len(ARMS) == len(set(ARMS)) == 24
-    assert sum(len(arm.seeds) for arm in ARMS) == 3 * 2 * len(COMPARED) + 16
+    assert sum(len(arm.seeds) for arm in ARMS) == 3 * 2 * len(COMPARED) + 14
     labels = {arm.label for arm in ARMS}
     assert labels >= {
         "first-skip20",
@@ -94,7 +95,7 @@ def test_every_method_has_the_same_tuning():
 def tune(task: str, method: str, *losses: float) -> list[Job]:
     jobs = first_arms.tuning_jobs(task, method)
     for job, loss in zip(jobs, losses):
-        first_table.keep_record(job.name, loss=loss)
+        first_table.keep_record(job.name, loss=loss, given=given_hash(task, job.arm))
     return jobs
 
 
@@ -103,7 +104,8 @@ def test_the_best_setting_is_chosen_once_all_are_tuned():
     assert first_table.setting("docstrings", "unified") is None
     with pytest.raises(SystemExit, match="not tuned: unified on docstrings"):
         first_table.main_jobs(["docstrings"], ["unified"])
-    first_table.keep_record(jobs[2].name, loss=1.9)
+    given = given_hash("docstrings", jobs[2].arm)
+    first_table.keep_record(jobs[2].name, loss=1.9, given=given)
     assert first_table.setting("docstrings", "unified") == jobs[1].changes
     main = first_table.main_jobs(["docstrings"], ["unified"])
     assert len(main) == 2 * 3 + 2 and {job.changes for job in main} == {jobs[1].changes}
@@ -280,10 +282,14 @@ def measured(job: Job, what: str, examples: int, result: int) -> list[str]:
 def test_what_is_on_record_is_not_measured_again():
     job = Job("docstrings", Arm("unified", 0.2), 1)
     assert measured(job, "test", 5, 1) == []  # Not trained.
-    first_table.keep_record(job.name, loss=1.0)
+    first_table.keep_record(job.name, loss=1.0, given="of another config file")
+    with pytest.raises(UserError, match="another config file"):
+        measured(job, "test", 5, 1)
+    given = given_hash("docstrings", job.arm)
+    first_table.keep_record(job.name, given=given)
     assert measured(job, "test", 5, 2) == [f"test-{job.name}"]
     assert measured(job, "test", 5, 3) == []
-    want = {"loss": 1.0, "test": {"asked": 5, "means": 2}}
+    want = {"loss": 1.0, "given": given, "test": {"asked": 5, "means": 2}}
     assert first_table.records()[job.name] == want
     # Other examples are another scoring; one whose file is there was only not put on record.
     assert measured(job, "test", 6, 4) == [f"test-{job.name}"]

@@ -180,7 +180,8 @@ def adapted_flops(model: ModelConfig, seq_len: int, adapters: int) -> float:
     A frozen weight is multiplied with forward and for the gradient of its input, 2 passes in place
     of 3. Attention multiplies two inputs, both of which have a gradient (3), as has all that an
     adapter multiplies. Passed over: the first block's projections need no gradient of their input,
-    and logits are computed for learned tokens alone, which a utilisation therefore overstates.
+    and logits are not computed for most tokens that are not learned, so that a utilisation made of
+    these is too high.
     """
     whole = decoder.forward_flops(model, seq_len)
     # Over a row of one token, attention counts half a key a query, in two products.

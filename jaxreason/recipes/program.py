@@ -19,6 +19,7 @@ from jaxreason.core import rng
 from jaxreason.core.errors import UserError
 from jaxreason.core.mesh import batch_sharding, batch_shards, check_divides, param_shardings
 from jaxreason.core.precision import as_dtype
+from jaxreason.depth.layerskip import LayerSkipPretraining, exits_a_step
 from jaxreason.models import decoder
 from jaxreason.models.decoder import ModelConfig
 from jaxreason.recipes.methods import make_phases
@@ -97,9 +98,13 @@ class Program:
         return 3.0 * self.tokens * decoder.forward_flops(self.model, self.cfg.data.seq_len)
 
     def flops(self, phase: Phase) -> float:
-        """FLOPs of one step of a phase, teacher included."""
+        """FLOPs of one step of a phase, teacher and early exits included."""
         frozen = sum(model.forward_flops for model in phase.frozen.values())
-        return self.model_flops + self.tokens * frozen
+        method, exits = getattr(self.cfg, "method", None), 0.0
+        if isinstance(method, LayerSkipPretraining):  # Each exit has logits of its own.
+            unembedding = 2 * self.model.token_width * self.model.vocab_size
+            exits = 3 * unembedding * exits_a_step(method, self.model.num_layers, phase.until)
+        return self.model_flops + self.tokens * (frozen + exits)
 
     @property
     def teacher_bytes(self) -> int:

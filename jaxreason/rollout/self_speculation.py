@@ -45,19 +45,22 @@ class SelfSpeculation:
                 "a request names the layers that run (keep), and self-speculative decoding gives "
                 "the full model's text: give one of them"
             )
+        # No row drafts more: its first token is the prompt's, and a verification brings one.
+        most = max((r.max_new_tokens for r in requests), default=self.tokens + 2) - 2
+        tokens = max(1, min(self.tokens, most))
         keep = self._set(model)
         sampled = any(r.sampling.temperature > 0 for r in requests)
         if keep is None:  # Each prompt's own.
             depth = dataclasses.replace(model.depth, scope="decode_only")
             return (
                 dataclasses.replace(model, depth=depth), list(requests),
-                DraftPlan(self.tokens, None, sampled),
+                DraftPlan(tokens, None, sampled),
             )  # fmt: skip
         model, exit_layer = dataclasses.replace(model, depth=None), sum(keep)
         if all(keep[:exit_layer]):
-            return model, list(requests), DraftPlan(self.tokens, exit_layer, sampled)
+            return model, list(requests), DraftPlan(tokens, exit_layer, sampled)
         requests = [dataclasses.replace(r, keep=keep, skip_scope="decode_only") for r in requests]
-        return model, requests, DraftPlan(self.tokens, None, sampled)
+        return model, requests, DraftPlan(tokens, None, sampled)
 
     def _set(self, model: Any) -> tuple[bool, ...] | None:
         """The layers that draft for every prompt; None where routers choose by prompt."""

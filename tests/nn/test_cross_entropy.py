@@ -93,14 +93,15 @@ def test_distillation_equals_kl(temperature):
     np.testing.assert_allclose(same, 0.0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kernels", ["xla", "cpu"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_unweighted_chunks_passed_over_change_nothing(frozen):
+def test_unweighted_chunks_passed_over_change_nothing(frozen, kernels):
     h, w, y, _ = arrays()
     weights = jnp.zeros((B, T)).at[0, 5].set(2.0).at[2, 1].set(1.0).at[2, 7].set(0.5)
 
     def losses(sparse):
         def f(h, w):
-            return cross_entropy(h, w, y, weights, 0.01, 4.0, 0, "xla", sparse)
+            return cross_entropy(h, w, y, weights, 0.01, 4.0, 0, kernels, sparse)
 
         of_loss = jax.value_and_grad(lambda *a: f(*a).loss, 0 if frozen else (0, 1))
         return jax.jit(lambda: (f(h, w), of_loss(h, w)))()

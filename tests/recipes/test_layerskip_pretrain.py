@@ -8,11 +8,12 @@ import optax
 import pytest
 from support import REPO
 
+from jaxreason import config
 from jaxreason.core.errors import UserError
 from jaxreason.depth.layerskip import LayerSkipPretraining
 from jaxreason.main import main
 from jaxreason.models.decoder import ModelConfig
-from jaxreason.recipes import open_model
+from jaxreason.recipes import open_model, pretrain
 from jaxreason.recipes.methods import make_phases
 from jaxreason.train import manifest
 from jaxreason.train.log import read_metrics
@@ -37,6 +38,16 @@ def test_a_run_learns_its_exits_and_goes_on_bit_for_bit(tmp_path):
     again = open_model.open_model(tmp_path / "again", dtype="float32")
     for a, b in zip(*(jax.tree.leaves(m.params) for m in (model, again)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_flops_count_the_exits(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXREASON_CACHE", str(tmp_path))
+    cfg = config.parse([TINY], recipes={"pretrain": pretrain.PretrainConfig}).config
+    built = pretrain.build(cfg)
+    (phase,) = built.phases
+    # Layers {0, 2}, {0, 1} and {1, 2} in turn, of which layer 0 has no weight: 0, 1 and 1 exits.
+    head = 2 * built.model.d_model * built.model.vocab_size * built.tokens
+    assert built.flops(phase) - built.model_flops == pytest.approx(3 * head * 2 / 3)
 
 
 def test_wrong_intervals_are_refused():
