@@ -133,5 +133,5 @@ def test_completions_have_the_full_models_distribution(monkeypatch):
     assert statistic(SelfSpeculation(exit_layer=1, tokens=3)) < 1
     monkeypatch.setattr(rule, "_accepts", lambda u, p, q: u >= 0)
     # Compiled with the patch: no other test may have this number of tokens.
-    worst = statistic(SelfSpeculation(exit_layer=1, tokens=5))
+    worst = statistic(SelfSpeculation(exit_layer=1, tokens=1))
     assert worst > 5, "without the test of acceptance it is the draft's distribution"
