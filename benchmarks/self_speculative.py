@@ -13,9 +13,7 @@ times. A model that was not trained to exit early accepts little at early exits.
 """
 
 import argparse
-import json
 import os
-import pathlib
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.generate_speed import commit_of
-from benchmarks.skip_speed import load, spread
+from benchmarks.skip_speed import load, spread, write
 from jaxreason.core import platform
 
 # Text that a small model goes on with; the numbers of tokens are about the same.
@@ -144,30 +141,6 @@ def main() -> None:
             sys.stdout.flush()
             if args.out:
                 write(args, found, load_at_start)
-
-
-def write(args, found: dict[str, Any], load_at_start: float) -> None:
-    """Writes what has been measured so far: a run that is cut short keeps it."""
-    import jax
-    import jaxlib
-
-    result = {
-        "settings": {k: v for k, v in vars(args).items() if k not in ("model", "out")},
-        "weights": pathlib.Path(args.model).name if args.model else "random",
-        "versions": {
-            "python": sys.version.split()[0], "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__, "numpy": np.__version__,
-        },
-        "device": jax.devices()[0].device_kind,
-        "cpus": len(os.sched_getaffinity(0)),
-        "commit": commit_of(),
-        "load_at_start": load_at_start,
-        "load_at_end": os.getloadavg()[0],
-        "dtypes": found,
-    }  # fmt: skip
-    out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def get_config(arg: str = "docstrings,first") -> SkippingConfig:
         # The first and the last layer always run; rho is the share of the others.
         "first": FirstConfig(
             form="explore", decision=Decision(rule="top", kept=kept), alpha=0.0,
-            # Of the order of what a layer is worth in nats: with 1.0 all gates would open.
+            # Its slope by a layer's p, 2 x 30 / 28 times the distance to rho, must match nats.
             rate_weight=30.0, rate_target=(kept - 2) / (LAYERS - 2), init_bias=1.0,
             init_order="influence",  # From equal ones, 40 updates may drop what is worth most.
         ),
