@@ -113,6 +113,14 @@ class GenerateConfig:
         if self.skip_scope == "everywhere" and not self.keep_layers:
             raise UserError("--skip_scope belongs to --keep_layers; routers have their own scope")
         self._validate_drafts()
+        one_set = [
+            n for n in ("keep_layers", "exit_layer", "draft_layers", "chat") if getattr(self, n)
+        ]
+        if self.batching == "group" and (one_set or self.skip == "off"):
+            raise UserError(
+                "--batching=group is for completions with different layers, and with "
+                f"--{one_set[0] if one_set else 'skip=off'} all run the same; leave one out"
+            )
         if self.system and not (self.chat or self.message):
             raise UserError("--system belongs to --chat or --message")
 

@@ -347,6 +347,7 @@ def test_the_flags(monkeypatch, capsys):
         ["--self_speculative", "--exit_layer=1", "--draft_tokens=0"],
         ["--self_speculative", "--exit_layer=9"],
         ["--self_speculative", "--draft_layers=9"],
+        ["--self_speculative", "--exit_layer=1", "--batching=group"],
         ["--self_speculative"],
     ):
         code, out, err = call(*argv)

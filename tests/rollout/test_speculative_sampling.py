@@ -87,18 +87,19 @@ def test_what_is_taken_has_the_full_models_distribution(monkeypatch):
     assert chi_square(first_two()[0][2], p[0]) > 5
 
 
-NEW = 4
+NEW, END = 4, 2
 
 
 @functools.cache
 def small():
     model = tiny_model(vocab_size=V, num_layers=2)
-    return dataclasses.replace(model, tokenizer=None, eos_ids=())
+    return dataclasses.replace(model, tokenizer=None, eos_ids=(END,))
 
 
 @functools.cache
 def by_enumeration(prompt: tuple[int, ...]) -> np.ndarray:
-    """The probability [V,V,V,V] of every completion of four tokens."""
+    """The probability [V+1,V+1,V+1,V+1] of every completion of up to four tokens, where V stands
+    for each place behind an end."""
     completions = np.array(list(itertools.product(range(V), repeat=NEW)))
     rows = np.concatenate([np.tile(prompt, (len(completions), 1)), completions], axis=1)
     ones = np.ones(rows.shape, np.int32)
@@ -112,7 +113,11 @@ def by_enumeration(prompt: tuple[int, ...]) -> np.ndarray:
             same = (completions[:, :i] == key).all(axis=1)
             dist = nucleus(logits[np.argmax(same), i].astype(np.float64), WARM)
             total[same] *= dist[completions[same, i]]
-    return total.reshape((V,) * NEW)
+    ends = np.cumsum(completions == END, axis=1)
+    behind = (ends > 0) & ~((ends == 1) & (completions == END))
+    result = np.zeros((V + 1,) * NEW)
+    np.add.at(result, tuple(np.where(behind, V, completions).T), total)
+    return result
 
 
 def statistic(speculation, prompt=(1, 4, 2), n=2000) -> float:
@@ -120,10 +125,13 @@ def statistic(speculation, prompt=(1, 4, 2), n=2000) -> float:
     done = generate(
         small(), [list(prompt)], WARM, max_new_tokens=NEW, n=n, slots=400, speculation=speculation
     )
-    tokens, p, worst = np.array([c.tokens for c in done]), by_enumeration(prompt), 0.0
+    rows = [[*c.tokens, *[V] * (NEW - len(c.tokens))] for c in done]
+    tokens, p, worst = np.array(rows), by_enumeration(prompt), 0.0
+    # Ends, also inside a draft: what follows one is no part of the completion.
+    assert 0.2 < np.mean([c.finish_reason == "eos" for c in done]) < 0.9
     for i, j in itertools.combinations(range(NEW), 2):
         other = tuple(k for k in range(NEW) if k not in (i, j))
-        pair, counts = p.sum(axis=other), np.zeros((V, V))
+        pair, counts = p.sum(axis=other), np.zeros((V + 1, V + 1))
         np.add.at(counts, (tokens[:, i], tokens[:, j]), 1)
         worst = max(worst, chi_square(counts, pair))
     return worst
