@@ -120,9 +120,9 @@ def _ordered(x: jax.Array, order_bt: jax.Array | None) -> jax.Array:
     return jnp.take_along_axis(x, order_bt.reshape(*order_bt.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
-def _sparse_chunk(time: int, chunk: int) -> int:
-    """Tokens a row to treat at once where most have no weight: an eighth of the row at most."""
-    chunk = min(chunk, max(1, time // 8))
+def _part_of(time: int, chunk: int, n: int) -> int:
+    """Tokens a row to treat at once: `chunk`, but an n-th of the row at most."""
+    chunk = min(chunk, max(1, time // n))
     while time % chunk:
         chunk -= 1
     return chunk
@@ -133,8 +133,14 @@ def _plan(targets_bt, weights_bt, vocab: int, chunk: int, sparse: bool):
     cut, chunk = _cut(targets_bt.shape, vocab, chunk)
     order = _weighted_first(weights_bt, cut) if sparse else None
     if order is not None:
-        chunk = _sparse_chunk(targets_bt.shape[1], chunk)
+        chunk = _part_of(targets_bt.shape[1], chunk, 8)  # Most have no weight.
     return cut, chunk, order
+
+
+def _few(hidden_btd: jax.Array, cut: tuple[int, int]) -> bool:
+    """Whether a device has no more tokens than features: its logits fit where its table lies."""
+    (b, t, d), (rows, seq) = hidden_btd.shape, cut
+    return cut != (1, 1) and b // rows * (t // seq) <= d
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
@@ -176,14 +182,19 @@ def cross_entropy(
 
 
 def _forward(
-    hidden_btd, unembed_dv, targets_bt, weights_bt, z_loss, soft_cap, chunk, kernels, sparse
+    hidden_btd, unembed_dv, targets_bt, weights_bt, z_loss, soft_cap, size, kernels, sparse
 ):
     learned = unembed_dv.perturbed
     batch = tuple(x.value for x in (hidden_btd, targets_bt, weights_bt))
     hidden_btd, targets_bt, weights_bt = batch
     unembed_dv = unembed_dv.value
-    cut, chunk, order = _plan(targets_bt, weights_bt, unembed_dv.shape[1], chunk, sparse)
+    cut, chunk, order = _plan(targets_bt, weights_bt, unembed_dv.shape[1], size, sparse)
     unembed = _each(unembed_dv, cut)
+    # The gradients of few logits are kept instead of the table's float32 sum, which is then one
+    # product behind the loop: the copy of the table is free by then.
+    keep = learned and order is None and _few(hidden_btd, cut)
+    if keep and not size:
+        chunk = _part_of(targets_bt.shape[1] // cut[1], chunk, 4)
 
     def gradients_of(carry, xs):
         total, d_unembed = carry
@@ -205,27 +216,35 @@ def _forward(
                 d_unembed += (rows.T @ d.reshape(-1, d.shape[-1])).astype(jnp.float32)
         else:
             d_hidden = jnp.einsum("...btv,...dv->...btd", d, unembed)
-            if learned:
+            if learned and not keep:
                 d_unembed += jnp.einsum(
                     "...btd,...btv->...dv", hidden, d, preferred_element_type=jnp.float32
                 )
-        return (jax.tree.map(jnp.add, total, sums), d_unembed), d_hidden
+        return (jax.tree.map(jnp.add, total, sums), d_unembed), (d_hidden, d if keep else None)
 
     def body(carry, xs):
         if order is None:
             return gradients_of(carry, xs)
-        passed = lambda carry, xs: (carry, jnp.zeros_like(xs[0]))  # noqa: E731
+        passed = lambda carry, xs: (carry, (jnp.zeros_like(xs[0]), None))  # noqa: E731
         return jax.lax.cond(jnp.any(xs[2] != 0), gradients_of, passed, carry, xs)
 
     xs = tuple(_split(_ordered(x, order), cut, chunk) for x in batch)
-    table = _each(jnp.zeros(unembed_dv.shape, jnp.float32), cut) if learned else None
-    (sums, d_unembed), d_hidden = jax.lax.scan(body, (_zero(), table), xs)
+    summed = learned and not keep
+    table = _each(jnp.zeros(unembed_dv.shape, jnp.float32), cut) if summed else None
+    (sums, d_unembed), (d_hidden, d) = jax.lax.scan(body, (_zero(), table), xs)
     d_hidden = _join(d_hidden, cut, hidden_btd.shape)
     if order is not None:
         d_hidden = _ordered(d_hidden, jnp.argsort(order, axis=1))
-    if d_unembed is not None and cut != (1, 1):
+    if learned and cut != (1, 1):
+        if keep:
+            tokens = tuple(range(d.ndim - 1))
+            d_unembed = jnp.tensordot(
+                xs[0], d, (tokens, tokens), preferred_element_type=jnp.float32
+            )
+        else:
+            d_unembed = d_unembed.sum((0, 1))
         # Over the devices, to where the parameter's parts lie.
-        d_unembed = shard(d_unembed.sum((0, 1)), "embed", "vocab", rules=PARAM_RULES)
+        d_unembed = shard(d_unembed, "embed", "vocab", rules=PARAM_RULES)
     return sums, (d_hidden, d_unembed, unembed_dv[:0])
 
 
