@@ -113,20 +113,14 @@ class GenerateConfig:
         if self.skip_scope == "everywhere" and not self.keep_layers:
             raise UserError("--skip_scope belongs to --keep_layers; routers have their own scope")
         self._validate_drafts()
-        one_set = [
-            n for n in ("keep_layers", "exit_layer", "draft_layers", "chat") if getattr(self, n)
-        ]
-        if self.batching == "group" and (one_set or self.skip == "off"):
-            raise UserError(
-                "--batching=group is for completions with different layers, and with "
-                f"--{one_set[0] if one_set else 'skip=off'} all run the same; leave one out"
-            )
+        if self.batching == "group" and (self.keep_layers or self.exit_layer or self.chat):
+            raise UserError("--batching=group is for completions of different layers; leave it out")
         if self.system and not (self.chat or self.message):
             raise UserError("--system belongs to --chat or --message")
 
     def _validate_drafts(self) -> None:
-        own = ("exit_layer", "draft_layers", "draft_tokens", "draft_stats")
-        given = [n for n in own if getattr(self, n) != getattr(GenerateConfig, n)]
+        names = ("exit_layer", "draft_layers", "draft_tokens", "draft_stats")
+        given = [n for n in names if getattr(self, n) != getattr(GenerateConfig, n)]
         if not self.self_speculative and given:
             raise UserError(f"--{given[0]} belongs to --self_speculative; give both")
         if self.self_speculative and (self.keep_layers or self.skip_stats):
@@ -135,11 +129,8 @@ class GenerateConfig:
                 f"--self_speculative gives the full model's text, and --{got} belongs to skipping; "
                 "see --draft_layers and --draft_stats"
             )
-        if (
-            self.self_speculative
-            and self.skip == "off"
-            and not (self.exit_layer or self.draft_layers)
-        ):
+        own = self.self_speculative and not (self.exit_layer or self.draft_layers)
+        if own and self.skip == "off":
             raise UserError(
                 "--skip=off drops the model's own choice of layers, which drafts; leave it out, "
                 "or give --exit_layer or --draft_layers"
