@@ -60,11 +60,6 @@ def _train(argv: Sequence[str]) -> int:
     if (target := command.flags["compile_for"]) is not None:
         from jaxreason.recipes import compile_for
 
-        if command.recipe != "pretrain":
-            raise UserError(
-                f"--compile_for compiles runs of pretraining, this config is of {command.recipe}; "
-                "leave the flag out"
-            )
         compilation_cache()
         return compile_for.run(command.config, target, json_path=command.flags["json"] or "")
     if command.flags["json"] is not None:

@@ -67,6 +67,15 @@ class PairsConfig:
 
 
 def check(cfg: PairsConfig, process_count: int = 1) -> None:
+    """Raises UserError where `check_settings` does, or no examples are named."""
+    check_settings(cfg, process_count)
+    if not cfg.path and isinstance(cfg.source, PairFiles) and not cfg.source.path:
+        raise UserError(
+            "data.path is empty, expected a .jsonl file of examples; set --config.data.path"
+        )
+
+
+def check_settings(cfg: PairsConfig, process_count: int = 1) -> None:
     """Raises UserError where the fields of `cfg` contradict one another or are out of range.
 
     `process_count` is how many hosts read different rows; the mesh decides (core.mesh.host_rows).
@@ -76,10 +85,6 @@ def check(cfg: PairsConfig, process_count: int = 1) -> None:
             raise UserError(
                 f"data.{name}={getattr(cfg, name)}, expected {least} or more; raise data.{name}"
             )
-    if not cfg.path and isinstance(cfg.source, PairFiles) and not cfg.source.path:
-        raise UserError(
-            "data.path is empty, expected a .jsonl file of examples; set --config.data.path"
-        )
     if cfg.system and not cfg.chat:
         raise UserError(
             "data.system is set without data.chat; set data.chat=true, or leave it empty"

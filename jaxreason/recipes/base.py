@@ -18,6 +18,7 @@ from etils import epath
 from jaxreason.core.errors import UserError
 from jaxreason.core.text import Tokenizer, TokenizerConfig
 from jaxreason.models.decoder import ModelConfig
+from jaxreason.models.hf_config import FREE
 from jaxreason.models.hf_text import template_of
 from jaxreason.models.model import Model
 from jaxreason.recipes import open_model
@@ -135,6 +136,28 @@ def open_base(cfg: Any, *, frozen: bool) -> Base:
             )
     shape = merge_shape(cfg.model, opened.config, init.path)
     return Base(init, shape, card, opened, load_params, _facts(init, card))
+
+
+def shape_at_hand(init: InitConfig, model: ModelConfig) -> ModelConfig:
+    """The shape of a base whose weights are not asked for: that of the model at init.path where it
+    is at hand, else the config's own.
+
+    Raises:
+      UserError: neither is there, or the model does not open or has another shape than `model`.
+    """
+    if init.path and epath.Path(init.path).expanduser().exists():
+        opened, _ = open_model.inspect(init.path, step=init.step)
+        open_model.check_whole(opened, init.path, "training from it")
+        return merge_shape(model, opened.config, init.path)
+    forms = {name: getattr(model, name) for name in (*FREE, "vocab_size")}
+    # Beside a vocabulary, a shape of defaults alone is one that nobody asked for.
+    if model.vocab_size and model != dataclasses.replace(ModelConfig(), **forms):
+        return model
+    what = f"there is no model at init.path={init.path}" if init.path else "init.path is empty"
+    raise UserError(
+        f"{what}, so the base's shape is not known; set --config.init.path to a model, or its "
+        "shape: --config.model.vocab_size, d_model, num_layers, num_heads, num_kv_heads and d_ff"
+    )
 
 
 def _facts(init: InitConfig, card: BaseModel) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Compiles a run's steps for a TPU or GPU that is not here, and reports what they will need.
 
-The config is that of the run; data, teacher files and devices are not needed. The phases, the step
-and the shardings are the ones that `recipes.pretrain` would run.
+The config is that of a run of any recipe; data, devices, and the files of a teacher or of a base
+(where the config tells its shape) are not needed. The phases, the steps and the shardings are the
+very ones of the run: both call the recipe's `describe`.
 """
 
 import dataclasses
@@ -17,20 +18,14 @@ from etils import epath
 from jax.experimental import topologies
 from rich.console import Console
 
-from jaxreason import data
 from jaxreason.core.chips import Target, parse_target
 from jaxreason.core.errors import UserError
-from jaxreason.core.mesh import batch_shards, make_mesh, use_mesh
-from jaxreason.core.text import Bytes, HfJson, SentencePiece, load_hf_json, load_sentencepiece
-from jaxreason.models import decoder
-from jaxreason.recipes.init import init_shape
-from jaxreason.recipes.pretrain import PretrainConfig, resolve
-from jaxreason.recipes.program import Program, check_rows, describe
-from jaxreason.recipes.teacher import open_teacher, teacher_of_shape
+from jaxreason.core.mesh import batch_shards, use_mesh
+from jaxreason.recipes import recipes
+from jaxreason.recipes.program import Program
 from jaxreason.train import aot, aot_table
 from jaxreason.train.aot import Compiled
 from jaxreason.train.manifest import atomic_write
-from jaxreason.train.optim import make_optimiser
 
 EXIT_OUT_OF_MEMORY = 3
 SPECS = Path(__file__).parent.parent / "core" / "gpu_specs"
@@ -77,54 +72,12 @@ def devices_of(target: Target) -> Sequence[Any]:
         ) from error
 
 
-def vocab_of(cfg: PretrainConfig) -> int:
-    """The vocabulary's size, where the config or a tokenizer at hand tells it."""
-    match cfg.data.tokenizer:
-        case _ if cfg.model.vocab_size:
-            return cfg.model.vocab_size
-        case Bytes():
-            from jaxreason.core.text import ByteTokenizer
-
-            return ByteTokenizer().vocab_size
-        case HfJson(path=path) as named if _is_there(path):
-            return load_hf_json(named).vocab_size
-        case SentencePiece(model=model) if _is_there(model):
-            return load_sentencepiece(model).vocab_size
-        case SentencePiece(model="") as trained:
-            return trained.train_vocab_size
-    raise UserError(
-        "the vocabulary's size is not known: model.vocab_size is 0 and the tokenizer is not at "
-        "hand; set --config.model.vocab_size=N"
-    )
+def program_for(cfg: Any, devices: Sequence[Any]) -> Program:
+    """The programs of a recipe's config on devices that need not be here; reads no data."""
+    return recipes()[type(cfg)].program_for(cfg, devices)
 
 
-def _is_there(path: str) -> bool:
-    return bool(path) and epath.Path(path).expanduser().exists()
-
-
-def program_for(cfg: PretrainConfig, devices: Sequence[Any]) -> Program:
-    """The run's programs on devices that need not be here; reads no data.
-
-    The teacher is the one of teacher.path where that is at hand, else it has teacher.shape. It runs
-    in every step: what `teacher.cache_dir` would spare a later run is not looked at.
-    """
-    data.check(cfg.data)
-    mesh = make_mesh(cfg.mesh, devices)
-    check_rows(cfg, mesh)
-    cfg = dataclasses.replace(cfg, model=init_shape(cfg.init, cfg.model))
-    cfg = resolve(cfg, vocab_of(cfg), devices[0])
-    known = {"seq_len": cfg.data.seq_len, "dtype": cfg.compute_dtype, "mesh": mesh}
-    teacher, shape = None, cfg.teacher.shape
-    if shape is None or cfg.teacher.factory or _is_there(cfg.teacher.path):
-        teacher = open_teacher(cfg.teacher, **known)
-    else:
-        vocab_size = shape.vocab_size or cfg.model.vocab_size  # It reads the student's tokens.
-        teacher = teacher_of_shape(dataclasses.replace(shape, vocab_size=vocab_size), **known)
-    specs = decoder.specs(cfg.model)
-    return describe(cfg, mesh, teacher, make_optimiser(cfg.optim, specs, cfg.train.steps))
-
-
-def compile_phases(cfg: PretrainConfig, target: Target) -> tuple[Program, list[Compiled]]:
+def compile_phases(cfg: Any, target: Target) -> tuple[Program, list[Compiled]]:
     """Compiles the step of every phase for a target."""
     program = program_for(cfg, devices_of(target))
     with use_mesh(program.mesh):
@@ -197,7 +150,7 @@ def advice(program: Program) -> list[str]:
     return lines
 
 
-def run(cfg: PretrainConfig, where: str, *, json_path: str = "") -> int:
+def run(cfg: Any, where: str, *, json_path: str = "") -> int:
     """Compiles, prints the report, and returns the exit code: 0, or 3 where a step does not fit."""
     target = parse_target(where)
     program, phases = compile_phases(cfg, target)

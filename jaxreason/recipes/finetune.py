@@ -6,7 +6,7 @@ itself is `recipes.execute`'s.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,15 +15,8 @@ from etils import epath
 from jaxreason import config as config_lib
 from jaxreason.core import params as P
 from jaxreason.core.errors import UserError
-from jaxreason.core.mesh import (
-    MeshConfig,
-    check_divides,
-    check_hosts_rows,
-    host_rows,
-    make_mesh,
-)
-from jaxreason.core.objective import Objective, combine
-from jaxreason.core.precision import as_dtype, resolve_dtype
+from jaxreason.core.mesh import MeshConfig, check_hosts_rows, host_rows, make_mesh
+from jaxreason.core.precision import resolve_dtype
 from jaxreason.data.pairs_build import Pairs, open_pairs
 from jaxreason.data.pairs_config import PairsConfig
 from jaxreason.data.pairs_source import Item
@@ -33,20 +26,18 @@ from jaxreason.models.model import Model
 from jaxreason.models.model_config import on_any_device, shape_of
 from jaxreason.nn import lora
 from jaxreason.nn.lora import LoraConfig
-from jaxreason.objectives.lm import next_token
-from jaxreason.objectives.moe import router_losses
 from jaxreason.recipes import base as base_lib
 from jaxreason.recipes import execute, open_model
 from jaxreason.recipes.base import Base, BaseModel, identity, kept_model, open_base
 from jaxreason.recipes.encode_examples import make_encode
 from jaxreason.recipes.execute import RunConfig
+from jaxreason.recipes.finetune_program import FinetuneProgram, describe, without_examples
 from jaxreason.recipes.init import InitConfig
-from jaxreason.recipes.program import assemble, check_rows, make_create, resolve_model
+from jaxreason.recipes.program import check_rows, make_create, parts_of
 from jaxreason.recipes.samples import write_samples
 from jaxreason.train.checkpoint import CheckpointConfig
 from jaxreason.train.loop import TrainConfig
-from jaxreason.train.optim import OptimConfig, make_optimiser
-from jaxreason.train.phase import Forward, FrozenModel, Phase
+from jaxreason.train.optim import OptimConfig
 from jaxreason.train.state import TrainState
 
 
@@ -154,58 +145,11 @@ def learned_facts(pairs: Pairs, steps: int) -> dict[str, float]:
     }
 
 
-def completion_objective(cfg: Any) -> Objective:
-    """Next-token prediction of the completions, and the router's losses of a model of experts."""
-    plain = next_token(z_loss=cfg.z_loss, chunk=cfg.logit_chunk, sparse=True)
-    moe = cfg.model.moe
-    return plain if moe is None else combine(plain, router_losses(moe))
-
-
-def adapted_forward(model: ModelConfig, cfg: LoraConfig, dtype: str) -> Forward:
-    """The forward of a base (`params["model"]`) with its adapters (`params["lora"]`).
-
-    With a key, as in training, inputs of the adapters are dropped.
-    """
-
-    def forward(params, batch: Mapping[str, Any], capture: tuple[int, ...] = (), key=None):
-        weights = lora.attach(params["model"], params["lora"], cfg, key, batch)
-        return decoder.forward(weights, model, batch, dtype=as_dtype(dtype), capture=capture)
-
-    return forward
-
-
-def adapted_flops(model: ModelConfig, seq_len: int, adapters: int) -> float:
-    """FLOPs a token of one step that trains `adapters` parameters beside frozen weights.
-
-    A frozen weight is multiplied with forward and for the gradient of its input, 2 passes in place
-    of 3. Attention multiplies two inputs, both of which have a gradient (3), as has all that an
-    adapter multiplies. Passed over: the first block's projections need no gradient of their input,
-    and logits are not computed for most tokens that are not learned, so that a utilisation made of
-    these is too high.
-    """
-    whole = decoder.forward_flops(model, seq_len)
-    # Over a row of one token, attention counts half a key a query, in two products.
-    weights = decoder.forward_flops(model, 1) - 2 * (
-        model.num_heads * model.head_width * model.num_layers
-    )
-    return 2.0 * weights + 3.0 * (whole - weights) + 6.0 * adapters
-
-
 @dataclasses.dataclass
-class Built(execute.Built):
+class Built(FinetuneProgram, execute.Built):
     """A run's parts, ready for the loop."""
 
     pairs: Pairs
-    adapters: Any
-    """Specs of the adapters; None where all weights are trained."""
-
-    @property
-    def model_flops(self) -> float:
-        """FLOPs of one step."""
-        if self.adapters is None:
-            return super().model_flops
-        adapters = P.count(self.adapters)
-        return self.tokens * adapted_flops(self.model, self.cfg.data.seq_len, adapters)
 
     def notes(self) -> list[str]:
         """Lines to show when the run begins."""
@@ -214,7 +158,7 @@ class Built(execute.Built):
     def write_samples(self, directory: epath.Path, state: TrainState) -> None:
         """What the trained model makes of held-out prompts, for the report."""
         params = self.groups(state)
-        if self.adapters is not None:
+        if self.cfg.lora is not None:
             params = {"model": lora.merge(params["model"], params["lora"], self.cfg.lora)}
         write_samples(
             directory, params["model"], self.cfg.model, self.held_out,
@@ -234,32 +178,14 @@ def build(cfg: FinetuneConfig, *, items: Sequence[Item] | None = None) -> Built:
     """
     parts = open_parts(cfg, frozen=cfg.lora is not None, items=items)
     cfg, mesh, base, pairs = parts.cfg, parts.mesh, parts.base, parts.pairs
-    model = resolve_model(cfg, mesh)
-    whole, adapters, forward = decoder.specs(model), None, None
     load = base.loader(mesh)
-    check_divides(whole, mesh)
-    frozen: dict[str, FrozenModel] = {}
-    if cfg.lora is None:
-        trained = {"model": whole}
-    else:
-        adapters = lora.specs(whole, cfg.lora)
-        check_divides(adapters, mesh)
-        trained = {"lora": adapters}
-        forward = adapted_forward(model, cfg.lora, cfg.compute_dtype)
-        frozen = {"model": FrozenModel(load, apply=None)}
-    steps = cfg.train.steps
-    optimisers = {g: make_optimiser(cfg.optim, specs, steps) for g, specs in trained.items()}
-    objective = completion_objective(cfg)
-    phases = (Phase("finetune", steps, objective, optimisers, frozen, forward),)
-    program = assemble(cfg, mesh, model, trained, phases)
+    program = describe(cfg, mesh, load)
     train_data = pairs.dataset("train", **parts.hosts)
-    objective.check_batch(train_data.batch(0))
-    create = make_create(trained, phases, cfg.run.seed)
+    program.phases[0].objective.check_batch(train_data.batch(0))
+    create = make_create(program.specs, program.phases, cfg.run.seed)
     initialise = jax.jit(create, out_shardings=program.shardings, donate_argnums=0)
-    names = [field.name for field in dataclasses.fields(program)]
-    described: dict[str, Any] = {name: getattr(program, name) for name in names}
     return Built(
-        **described,
+        **parts_of(program),
         train_data=train_data,
         held_out=pairs.dataset("held_out", **parts.hosts),
         init_state=lambda: initialise({"model": load()} if cfg.lora is None else {}),
@@ -270,10 +196,14 @@ def build(cfg: FinetuneConfig, *, items: Sequence[Item] | None = None) -> Built:
             "lora": None if cfg.lora is None else dataclasses.asdict(cfg.lora),
         },
         files=base.model.files,
-        facts={**base.facts, **pairs.counts, "params_trained": P.count(trained)},
+        facts={**base.facts, **pairs.counts, "params_trained": P.count(program.specs)},
         pairs=pairs,
-        adapters=adapters,
     )
+
+
+def program_for(cfg: FinetuneConfig, devices: Sequence[Any]) -> FinetuneProgram:
+    """The run's program on devices that need not be here; reads no examples and no weights."""
+    return describe(*without_examples(cfg, devices))
 
 
 def run(cfg: FinetuneConfig, *, command: str = "") -> epath.Path:

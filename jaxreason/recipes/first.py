@@ -16,7 +16,7 @@ from etils import epath
 
 from jaxreason.core import params as P
 from jaxreason.core.errors import UserError
-from jaxreason.core.mesh import MeshConfig, check_divides
+from jaxreason.core.mesh import MeshConfig
 from jaxreason.data.pairs_build import Pairs
 from jaxreason.data.pairs_config import PairsConfig
 from jaxreason.data.pairs_source import Item
@@ -38,19 +38,20 @@ from jaxreason.recipes import base as base_lib
 from jaxreason.recipes import execute, finetune, open_model
 from jaxreason.recipes.base import BaseModel
 from jaxreason.recipes.execute import RunConfig
+from jaxreason.recipes.finetune_program import without_examples
 from jaxreason.recipes.first_phases import (
-    flops_a_token,
+    SkippingProgram,
+    describe,
     make_exits_forward,
     make_forward,
-    make_phases,
 )
 from jaxreason.recipes.init import InitConfig
-from jaxreason.recipes.program import assemble, make_create, resolve_model
+from jaxreason.recipes.program import make_create, parts_of
 from jaxreason.recipes.samples import write_samples
 from jaxreason.train.checkpoint import CheckpointConfig
 from jaxreason.train.loop import TrainConfig
 from jaxreason.train.optim import OptimConfig, make_schedule
-from jaxreason.train.phase import Phase, active
+from jaxreason.train.phase import active
 from jaxreason.train.state import TrainState
 
 INFLUENCE_BATCHES = 4
@@ -142,17 +143,10 @@ class SkippingConfig:
 
 
 @dataclasses.dataclass
-class Built(execute.Built):
+class Built(SkippingProgram, execute.Built):
     """A run's parts, ready for the loop."""
 
     pairs: Pairs
-    specs: dict[str, Any]
-    """Specs of the groups in the run's checkpoints: `routers`, and `lora` where it has adapters."""
-
-    def flops(self, phase: Phase) -> float:
-        """FLOPs of one step."""
-        counts = {group: P.count(self.specs[group]) for group in phase.optimisers}
-        return self.tokens * flops_a_token(self.cfg, self.model, phase, sum(counts.values()))
 
     def notes(self) -> list[str]:
         """Lines to show when the run begins."""
@@ -232,20 +226,12 @@ def build(cfg: SkippingConfig, *, items: Sequence[Item] | None = None) -> Built:
     parts = finetune.open_parts(cfg, frozen=True, items=items)
     cfg, mesh, base, pairs = parts.cfg, parts.mesh, parts.base, parts.pairs
     _check_turns(cfg, pairs)
-    model = resolve_model(cfg, mesh)
-    cfg.gating.decision.check(model.num_layers, cfg.gating.scope)
-    whole, load = decoder.specs(model), base.loader(mesh)
-    check_divides(whole, mesh)
-    specs: dict[str, Any] = {"routers": first.specs(cfg.gating, model.num_layers, model.d_model)}
-    if cfg.lora is not None:
-        specs["lora"] = lora.specs(whole, cfg.lora)
-        check_divides(specs["lora"], mesh)
-    phases = make_phases(cfg, model, specs, load)
-    program = assemble(cfg, mesh, model, specs, phases)
-    train_data = pairs.dataset("train", **parts.hosts)
-    for phase in phases:
+    load = base.loader(mesh)
+    program = describe(cfg, mesh, load)
+    model, train_data = program.model, pairs.dataset("train", **parts.hosts)
+    for phase in program.phases:
         phase.objective.check_batch(train_data.batch(0))
-    create = make_create(specs, phases, cfg.run.seed)
+    create = make_create(program.specs, program.phases, cfg.run.seed)
     initialise = jax.jit(create, out_shardings=program.shardings, donate_argnums=0)
 
     def influence(batches: int) -> np.ndarray:
@@ -268,12 +254,8 @@ def build(cfg: SkippingConfig, *, items: Sequence[Item] | None = None) -> Built:
         chosen = sets.choose(method, model.num_layers, influence)
         return initialise({"routers": static_routers(chosen, model.d_model)})
 
-    if not isinstance(cfg.method, FirstConfig):  # Refused before it runs.
-        sets.choose(cfg.method, model.num_layers, lambda _: np.zeros(model.num_layers))
-    names = [field.name for field in dataclasses.fields(program)]
-    described: dict[str, Any] = {name: getattr(program, name) for name in names}
     built = Built(
-        **described,
+        **parts_of(program),
         train_data=train_data,
         held_out=pairs.dataset("held_out", **parts.hosts),
         init_state=init_state,
@@ -287,10 +269,9 @@ def build(cfg: SkippingConfig, *, items: Sequence[Item] | None = None) -> Built:
         files=base.model.files,
         facts={
             **base.facts, **pairs.counts,
-            "method": type(cfg.method).__name__, "params_trained": P.count(specs),
+            "method": type(cfg.method).__name__, "params_trained": P.count(program.specs),
         },
         pairs=pairs,
-        specs=specs,
     )  # fmt: skip
     return built
 
@@ -310,6 +291,11 @@ def _check_turns(cfg: SkippingConfig, pairs: Pairs) -> None:
                 f"{item.name or 'a conversation'} has {replies} replies, each of which would be "
                 "decided anew in generation; set data.learned_turns=last"
             )
+
+
+def program_for(cfg: SkippingConfig, devices: Sequence[Any]) -> SkippingProgram:
+    """The run's programs on devices that need not be here; reads no examples and no weights."""
+    return describe(*without_examples(cfg, devices))
 
 
 def run(cfg: SkippingConfig, *, command: str = "") -> epath.Path:

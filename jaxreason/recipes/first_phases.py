@@ -1,18 +1,33 @@
-"""The phases of a run that learns to run fewer layers, and what their steps cost."""
+"""The phases of a run that learns to run fewer layers, and what their steps cost.
 
-from collections.abc import Mapping
+`describe` makes the programs that `recipes.first` runs and `recipes.compile_for` compiles.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import optax
 
+from jaxreason.core import params as P
+from jaxreason.core.mesh import check_divides
 from jaxreason.core.objective import combine
 from jaxreason.core.precision import as_dtype
-from jaxreason.depth import exits, first, layerskip
+from jaxreason.depth import exits, first, layerskip, sets
+from jaxreason.depth.first import FirstConfig
 from jaxreason.depth.layerskip import LayerSkip
 from jaxreason.models import decoder
 from jaxreason.models.decoder import ModelConfig
 from jaxreason.nn import lora
-from jaxreason.recipes import finetune
+from jaxreason.recipes.finetune_program import (
+    adapted_flops,
+    completion_objective,
+    frozen_base,
+    not_loaded,
+)
+from jaxreason.recipes.program import PAIRS, Program, assemble, multiplied, resolve_model
 from jaxreason.train.optim import make_optimiser
 from jaxreason.train.phase import Forward, FrozenModel, Phase
 
@@ -58,12 +73,11 @@ def make_phases(
     cfg: Any,
     model: ModelConfig,
     specs: Mapping[str, Any],
-    load: Any,
+    frozen: Mapping[str, FrozenModel],
 ) -> tuple[Phase, ...]:
     """Routers, then adapters; for the peers adapters alone; without any, an update of nothing."""
     stage, steps = cfg.first_stage, cfg.train.steps
-    completions = finetune.completion_objective(cfg)
-    frozen = {"model": FrozenModel(load, apply=None)}
+    completions = completion_objective(cfg)
     phases = []
     if stage:
         optimiser = make_optimiser(cfg.router_optim, specs["routers"], stage)
@@ -96,11 +110,61 @@ def flops_a_token(cfg: Any, model: ModelConfig, phase: Phase, trained: int) -> f
     forward = float(decoder.forward_flops(model, cfg.data.seq_len))
     total = forward
     if phase.optimisers:
-        total = finetune.adapted_flops(model, cfg.data.seq_len, trained)
-    gating, method = cfg.gating, cfg.method
-    hard = phase.name != "routers" or gating.form == "straight_through"
-    total += forward * (hard and gating.decision.rule == "top")
+        total = adapted_flops(model, cfg.data.seq_len, trained)
+    method = cfg.method
+    total += forward * reads_ahead(cfg, phase)
     if isinstance(method, LayerSkip) and phase.optimisers:
         unembedding = 2 * model.token_width * model.vocab_size
         total += 2 * unembedding * layerskip.exits_a_step(method, model.num_layers, phase.until)
     return total
+
+
+def reads_ahead(cfg: Any, phase: Phase) -> bool:
+    """Whether a phase's step runs the base once more before its forward, to decide layers first."""
+    hard = phase.name != "routers" or cfg.gating.form == "straight_through"
+    return hard and cfg.gating.decision.rule == "top"
+
+
+@dataclasses.dataclass
+class SkippingProgram(Program):
+    """The programs of a run that learns to skip.
+
+    Its groups are `routers`, and `lora` where it has adapters.
+    """
+
+    fields = PAIRS
+
+    def flops(self, phase: Phase) -> float:
+        """FLOPs of one step."""
+        trained = sum(P.count(self.specs[group]) for group in phase.optimisers)
+        return self.tokens * flops_a_token(self.cfg, self.model, phase, trained)
+
+    def traffic(self, phase: Phase) -> float:
+        """Bytes that a device's memory must move in one step of a phase, at the least."""
+        total = super().traffic(phase)
+        if not reads_ahead(self.cfg, phase):
+            return total
+        base = {"model": phase.frozen["model"].abstract}
+        blocks = multiplied(base, self.mesh.shape, without=("embed", "unembed"))
+        return total + self.cfg.train.accumulate * blocks * jnp.dtype(self.dtype).itemsize
+
+
+def describe(cfg: Any, mesh, load: Callable[[], Any] = not_loaded) -> SkippingProgram:
+    """The programs of a resolved config on a mesh; `load` puts the base's parameters there.
+
+    Raises:
+      UserError: parts do not fit together, the mesh does not divide the model, or a method's set
+        of layers cannot be had.
+    """
+    model = resolve_model(cfg, mesh)
+    cfg.gating.decision.check(model.num_layers, cfg.gating.scope)
+    if not isinstance(cfg.method, FirstConfig):  # Which layers decides values, not programs.
+        sets.choose(cfg.method, model.num_layers, lambda _: np.zeros(model.num_layers))
+    whole = decoder.specs(model)
+    check_divides(whole, mesh)
+    specs: dict[str, Any] = {"routers": first.specs(cfg.gating, model.num_layers, model.d_model)}
+    if cfg.lora is not None:
+        specs["lora"] = lora.specs(whole, cfg.lora)
+        check_divides(specs["lora"], mesh)
+    phases = make_phases(cfg, model, specs, frozen_base(whole, mesh, load))
+    return assemble(SkippingProgram, cfg, mesh, model, specs, phases)

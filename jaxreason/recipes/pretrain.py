@@ -5,7 +5,7 @@ prediction. The run itself is `recipes.execute`'s.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,6 +15,14 @@ from jaxreason import data
 from jaxreason.core.errors import UserError
 from jaxreason.core.mesh import MeshConfig, check_hosts_rows, host_rows, make_mesh
 from jaxreason.core.precision import resolve_dtype
+from jaxreason.core.text import (
+    Bytes,
+    ByteTokenizer,
+    HfJson,
+    SentencePiece,
+    load_hf_json,
+    load_sentencepiece,
+)
 from jaxreason.data import DataConfig
 from jaxreason.models import decoder
 from jaxreason.models.decoder import ModelConfig
@@ -22,10 +30,15 @@ from jaxreason.models.model_config import shape_of
 from jaxreason.objectives.lm import NextToken
 from jaxreason.recipes import execute
 from jaxreason.recipes.execute import RunConfig
-from jaxreason.recipes.init import InitConfig, open_init
+from jaxreason.recipes.init import InitConfig, init_shape, open_init
 from jaxreason.recipes.methods import Method
-from jaxreason.recipes.program import check_rows, describe, make_create
-from jaxreason.recipes.teacher import TeacherConfig, check_tokenizer, open_teacher
+from jaxreason.recipes.program import Program, check_rows, describe, make_create, parts_of
+from jaxreason.recipes.teacher import (
+    TeacherConfig,
+    check_tokenizer,
+    open_teacher,
+    teacher_of_shape,
+)
 from jaxreason.recipes.teacher_cache import CachedTeacher, with_cache
 from jaxreason.train.checkpoint import CheckpointConfig
 from jaxreason.train.loop import TrainConfig
@@ -140,13 +153,10 @@ def build(cfg: PretrainConfig) -> Built:
     )
     for phase in phases:
         phase.objective.check_batch(train_data.batch(0))
-    create = make_create({"model": specs}, phases, cfg.run.seed)
+    create = make_create(program.specs, phases, cfg.run.seed)
     initialise = jax.jit(create, out_shardings=program.shardings, donate_argnums=0)
-    names = [field.name for field in dataclasses.fields(program)]
-    described: dict[str, Any] = {name: getattr(program, name) for name in names}
-    described["phases"] = phases
     return Built(
-        **described,
+        **parts_of(dataclasses.replace(program, phases=phases)),
         train_data=train_data,
         held_out=held_out,
         init_state=lambda: initialise({"model": begin.load(mesh)} if begin else {}),
@@ -158,6 +168,51 @@ def build(cfg: PretrainConfig) -> Built:
             "tokenizer": train_data.tokenizer.fingerprint,
         },
     )
+
+
+def vocab_of(cfg: PretrainConfig) -> int:
+    """The vocabulary's size, where the config or a tokenizer at hand tells it."""
+    match cfg.data.tokenizer:
+        case _ if cfg.model.vocab_size:
+            return cfg.model.vocab_size
+        case Bytes():
+            return ByteTokenizer().vocab_size
+        case HfJson(path=path) as named if _is_there(path):
+            return load_hf_json(named).vocab_size
+        case SentencePiece(model=model) if _is_there(model):
+            return load_sentencepiece(model).vocab_size
+        case SentencePiece(model="") as trained:
+            return trained.train_vocab_size
+    raise UserError(
+        "the vocabulary's size is not known: model.vocab_size is 0 and the tokenizer is not at "
+        "hand; set --config.model.vocab_size=N"
+    )
+
+
+def _is_there(path: str) -> bool:
+    return bool(path) and epath.Path(path).expanduser().exists()
+
+
+def program_for(cfg: PretrainConfig, devices: Sequence[Any]) -> Program:
+    """The run's programs on devices that need not be here; reads no data.
+
+    The teacher is the one of teacher.path where that is at hand, else it has teacher.shape. It runs
+    in every step: what `teacher.cache_dir` would spare a later run is not looked at.
+    """
+    data.check(cfg.data)
+    mesh = make_mesh(cfg.mesh, devices)
+    check_rows(cfg, mesh)
+    cfg = dataclasses.replace(cfg, model=init_shape(cfg.init, cfg.model))
+    cfg = resolve(cfg, vocab_of(cfg), devices[0])
+    known = {"seq_len": cfg.data.seq_len, "dtype": cfg.compute_dtype, "mesh": mesh}
+    teacher, shape = None, cfg.teacher.shape
+    if shape is None or cfg.teacher.factory or _is_there(cfg.teacher.path):
+        teacher = open_teacher(cfg.teacher, **known)
+    else:
+        vocab_size = shape.vocab_size or cfg.model.vocab_size  # It reads the student's tokens.
+        teacher = teacher_of_shape(dataclasses.replace(shape, vocab_size=vocab_size), **known)
+    specs = decoder.specs(cfg.model)
+    return describe(cfg, mesh, teacher, make_optimiser(cfg.optim, specs, cfg.train.steps))
 
 
 def run(cfg: PretrainConfig, *, command: str = "") -> epath.Path:

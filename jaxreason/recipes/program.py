@@ -1,14 +1,15 @@
-"""The programs of a pretraining run, described without data and without this machine's devices.
+"""The programs of a run, described without data and without this machine's devices.
 
-A run compiles and calls them (`recipes.pretrain`); `recipes.compile_for` compiles the same ones for
-a mesh of devices that are elsewhere. Nothing here reads a file or holds an array.
+A run compiles and calls them; `recipes.compile_for` compiles the same ones for a mesh of devices
+that are elsewhere. Nothing here reads a file or holds an array. `describe` is pretraining's; what
+other recipes run is described in `recipes.finetune_program` and `recipes.first_phases`.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,15 +42,24 @@ BATCH = {
     "loss_weights": jnp.float32,
     "example_id": jnp.int32,
 }
+# And where only completions are learned.
+PAIRS = BATCH | {"prompt_mask": jnp.float32}
 
 
 @dataclasses.dataclass
 class Program:
-    """A run's phases on a mesh, and the state that they map; `cfg` is resolved."""
+    """A run's phases on a mesh, and the state that they map; `cfg` is resolved.
+
+    `specs` are those of the trained groups by name.
+    """
+
+    fields: ClassVar[Mapping[str, Any]] = BATCH
+    """The batch's fields, every one [B,T], and their types."""
 
     cfg: Any
     model: ModelConfig
     mesh: Any
+    specs: dict[str, Any]
     shardings: state_lib.TrainState
     phases: tuple[Phase, ...]
     abstract_state: state_lib.TrainState
@@ -83,8 +93,10 @@ class Program:
         """What a phase's step is called with: state, frozen parameters, batch, as shapes."""
         rows = (self.cfg.data.batch_size, self.cfg.data.seq_len)
         cut = batch_sharding(self.mesh)
-        batch = {k: jax.ShapeDtypeStruct(rows, dtype, sharding=cut) for k, dtype in BATCH.items()}
-        frozen = {name: self.teacher.abstract for name in phase.frozen if self.teacher}
+        batch = {
+            k: jax.ShapeDtypeStruct(rows, dtype, sharding=cut) for k, dtype in self.fields.items()
+        }
+        frozen = {name: model.abstract for name, model in phase.frozen.items()}
         return self.abstract_state, frozen, batch
 
     @property
@@ -110,25 +122,30 @@ class Program:
     def teacher_bytes(self) -> int:
         """Bytes a device of the teacher's parameters, there while its phase lasts."""
         used = self.teacher is not None and any(phase.frozen for phase in self.phases)
-        return shard_bytes(self.teacher.abstract) if used and self.teacher else 0
+        return shard_bytes(self.teacher.frozen.abstract) if used and self.teacher else 0
 
     def traffic(self, phase: Phase) -> float:
         """Bytes that a device's memory must move in one step of a phase, at the least.
 
-        The state is read once and written once. In every micro-batch a pass reads the weights that
-        it multiplies with, gathered, in the compute precision: forward, backward, and forward again
-        under remat; the teacher's forward reads its own. What the backward pass keeps is written
-        and read: a layer's input under remat=full, attention's output too under remat=attention,
-        else all products. Reconstructed from the shapes; nothing is taken from the compiler.
+        The state of what the phase trains is read once and written once, a frozen base is read. In
+        every micro-batch a pass reads the weights that it multiplies with, gathered, in the compute
+        precision: forward, backward, and forward again under remat; a teacher's forward reads its
+        own. What the backward pass keeps is written and read: a layer's input under remat=full,
+        attention's output too under remat=attention, else all products. Where nothing is trained
+        there is no such pass. Reconstructed from the shapes; nothing is taken from the compiler.
         """
-        model, mesh = self.model, self.mesh.shape
+        model, mesh, state = self.model, self.mesh.shape, self.abstract_state
         width = jnp.dtype(self.dtype).itemsize
-        trained = self.abstract_state.params["model"]
-        weights = (2 if model.remat == "none" else 3) * _multiplied(trained, mesh)
+        still = {n: frozen.abstract for n, frozen in phase.frozen.items() if not frozen.apply}
+        trained = {group: state.params[group] for group in phase.optimisers}
+        passes = (2 if model.remat == "none" else 3) if trained else 1
+        weights = passes * multiplied(still | trained, mesh)
         if model.tie_embeddings:
-            weights += 2 * math.prod(trained["embed"].shape) / mesh["tensor"]
-        if phase.frozen and self.teacher:
-            weights += _multiplied(self.teacher.abstract, mesh, without=("embed", "unembed"))
+            table = (still | trained)["model"]["embed"]
+            weights += min(passes, 2) * math.prod(table.shape) / mesh["tensor"]
+        for frozen in phase.frozen.values():
+            if frozen.apply:
+                weights += multiplied({"": frozen.abstract}, mesh, without=("embed", "unembed"))
         kept = model.d_model
         if model.remat == "attention":
             kept += model.num_heads * model.head_width / mesh["tensor"]
@@ -136,16 +153,27 @@ class Program:
             heads = (2 * model.num_heads + 2 * model.kv_heads) * model.head_width
             kept += (heads + model.d_model + 2 * model.d_ff) / mesh["tensor"]
         rows = self.tokens * mesh["tensor"] / self.mesh.size
-        activations = 2 * rows * model.num_layers * kept * width
-        state = 2 * shard_bytes(self.abstract_state)
-        return state + self.cfg.train.accumulate * weights * width + activations
+        activations = 2 * rows * model.num_layers * kept * width if trained else 0.0
+        moments = {group: state.opt_state[group] for group in phase.optimisers}
+        moved = 2 * shard_bytes(dataclasses.replace(state, params=trained, opt_state=moments))
+        moved += shard_bytes(still)
+        return moved + self.cfg.train.accumulate * weights * width + activations
 
 
-def _multiplied(params, mesh, without: tuple[str, ...] = ("embed",)) -> float:
-    """Elements of the weights that a device multiplies with: cut by tensor and expert alone."""
+def parts_of(program: Program) -> dict[str, Any]:
+    """The fields of a description, for the run that is built on it."""
+    return {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
+
+
+def multiplied(groups: Mapping[str, Any], mesh, without: tuple[str, ...] = ("embed",)) -> float:
+    """Elements of the weights that a device multiplies with: cut by tensor and expert alone.
+
+    `groups` of parameters by name, as shapes with shardings; `mesh` is its axes' sizes; `without`
+    names weights of a group that are looked up, or not used.
+    """
     total = 0.0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if P.path_name(path) in without:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(groups):
+        if P.path_name(path[1:]) in without:
             continue
         cut = [axis if isinstance(axis, tuple) else (axis,) for axis in leaf.sharding.spec]
         own = {names for names in cut if names in (("tensor",), ("expert",))}
@@ -177,15 +205,19 @@ def make_create(specs: dict[str, Any], phases: tuple[Phase, ...], seed: int):
     return create
 
 
-def assemble(
+def assemble[T: Program](
+    kind: type[T],
     cfg: Any,
     mesh,
     model: ModelConfig,
     specs: dict[str, Any],
     phases: tuple[Phase, ...],
     teacher: Teacher | None = None,
-) -> Program:
-    """The programs of phases that train the groups of `specs`; `model` is resolved."""
+) -> T:
+    """The programs of phases that train the groups of `specs`; `model` is resolved.
+
+    `kind` knows what the recipe's steps cost and which fields its batches have.
+    """
     abstract = jax.eval_shape(lambda: make_create(specs, phases, cfg.run.seed)({}))
     lie = {group: param_shardings(tree, mesh) for group, tree in specs.items()}
     shardings = state_lib.shardings(abstract, lie, mesh)
@@ -193,7 +225,7 @@ def assemble(
         lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings
     )
     key = rng.named(rng.base_key(cfg.run.seed), "train")
-    return Program(cfg, model, mesh, shardings, phases, abstract, teacher, key)
+    return kind(cfg, model, mesh, specs, shardings, phases, abstract, teacher, key)
 
 
 def resolve_model(cfg: Any, mesh) -> ModelConfig:
@@ -240,4 +272,4 @@ def describe(
         model=model,
         dtype=as_dtype(cfg.compute_dtype),
     )
-    return assemble(cfg, mesh, model, {"model": specs}, phases, teacher)
+    return assemble(Program, cfg, mesh, model, {"model": specs}, phases, teacher)

@@ -63,8 +63,6 @@ class Teacher:
     hidden_flops: int
     num_layers: int
     num_params: int
-    abstract: Any
-    """Shapes and shardings of what `frozen.load` returns."""
     tokenizer_fingerprints: tuple[str, ...]
     facts: dict[str, Any]
     identity: str = ""
@@ -131,16 +129,16 @@ def _resolve(shape: ModelConfig, seq_len: int, dtype: str, mesh) -> ModelConfig:
 def _decoder_parts(model: ModelConfig, load, seq_len: int, dtype: str, mesh) -> dict[str, Any]:
     """The fields of a Teacher that follow from a decoder's shape."""
     specs = decoder.specs(model)
+    abstract = P.abstract(specs, param_shardings(specs, mesh))
 
     def apply(params, batch, capture):
         return decoder.forward(params, model, batch, dtype=as_dtype(dtype), capture=capture)
 
     return {
-        "frozen": FrozenModel(load, apply, decoder.forward_flops(model, seq_len)),
+        "frozen": FrozenModel(load, apply, decoder.forward_flops(model, seq_len), abstract),
         "hidden_flops": decoder.forward_flops(model, seq_len, depth=model.num_layers),
         "num_layers": model.num_layers,
         "num_params": P.count(specs),
-        "abstract": P.abstract(specs, param_shardings(specs, mesh)),
     }
 
 
@@ -172,14 +170,14 @@ def _from_factory(name: str, mesh) -> Teacher:
             )
         return outputs
 
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), params
+    )
     return Teacher(
-        frozen=FrozenModel(load_params, apply, made.forward_flops),
+        frozen=FrozenModel(load_params, apply, made.forward_flops, abstract),
         hidden_flops=made.hidden_flops or made.forward_flops,
         num_layers=made.num_layers,
         num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        abstract=jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), params
-        ),
         tokenizer_fingerprints=(made.tokenizer_fingerprint,),
         facts={"teacher": name},
         identity=name,

@@ -21,12 +21,14 @@ class FrozenModel:
     `load()` puts its parameters on the devices when the phase begins; they are dropped when it
     ends. `apply(params, batch, capture) -> Outputs`. `forward_flops` a token, for the accounts.
     Without `apply` it is a part of the trained model itself that stays as it is (the base under
-    adapters): the phase's forward sees its parameters as the group of its name.
+    adapters): the phase's forward sees its parameters as the group of its name. `abstract`:
+    shapes and shardings of what `load` gives, for who compiles a step without loading.
     """
 
     load: Callable[[], Any]
     apply: Callable[[Any, Mapping[str, Any], tuple[int, ...]], Outputs] | None
     forward_flops: int = 0
+    abstract: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,18 +2,23 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import jax
 import pytest
-from fixtures import tiny
+from fixtures import tiny, tiny_finetune, tiny_first
 from support import run_python
 
 from jaxreason import main
+from jaxreason.core import params as P
 from jaxreason.core.errors import UserError
 from jaxreason.core.mesh import use_mesh
 from jaxreason.data import HfJson, SentencePiece
+from jaxreason.depth.decision import Decision
+from jaxreason.models.decoder import ModelConfig
 from jaxreason.recipes import compile_for, pretrain
+from jaxreason.recipes.init import InitConfig
 from jaxreason.recipes.program import Program
 
 BASELINE = "--config=tests/fixtures/tiny.py:baseline"
@@ -49,7 +54,7 @@ def test_what_is_compiled_is_what_runs(arm, tmp_path):
 
 def test_the_vocabulary_without_data():
     cfg = tiny.get_config("baseline")
-    assert compile_for.vocab_of(cfg) == 257
+    assert pretrain.vocab_of(cfg) == 257
 
     def with_tokenizer(tokenizer, vocab_size=0):
         model = dataclasses.replace(cfg.model, vocab_size=vocab_size)
@@ -57,10 +62,72 @@ def test_the_vocabulary_without_data():
         return dataclasses.replace(cfg, data=data, model=model)
 
     trained = SentencePiece(train_vocab_size=777)
-    assert compile_for.vocab_of(with_tokenizer(trained)) == 777
-    assert compile_for.vocab_of(with_tokenizer(HfJson(path="absent"), 4096)) == 4096
+    assert pretrain.vocab_of(with_tokenizer(trained)) == 777
+    assert pretrain.vocab_of(with_tokenizer(HfJson(path="absent"), 4096)) == 4096
     with pytest.raises(UserError, match=r"set --config\.model\.vocab_size=N"):
-        compile_for.vocab_of(with_tokenizer(HfJson(path="absent")))
+        pretrain.vocab_of(with_tokenizer(HfJson(path="absent")))
+
+
+def test_fine_tuning_and_skipping_compile_what_they_run(tmp_path):
+    """On 8 devices: the text, the shapes and the shardings of the run with its real arrays."""
+    out = run_python(
+        pathlib.Path(__file__).parents[1] / "fixtures/described_runs.py", str(tmp_path)
+    )
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row[:2] for row in rows] == [
+        ["lora", "finetune"], ["full", "finetune"], ["first", "routers"], ["first", "lora"],
+        ["layerskip", "lora"],
+    ]  # fmt: skip
+    for *_, same_text, same_flops, otherwise, cut in rows:
+        assert same_text and same_flops and not otherwise and cut > 20
+
+
+SHAPE = ModelConfig(vocab_size=272, d_model=32, num_layers=4, num_heads=4, num_kv_heads=2, d_ff=64)
+
+
+def test_without_the_base_its_shape_is_the_config_s():
+    """And the line that asks for it; rows are checked as in a run."""
+    for cfg in (tiny_finetune.get_config("lora"), tiny_first.get_config("first")):
+        shaped = dataclasses.replace(cfg, model=SHAPE, init=InitConfig(path="absent"))
+        assert compile_for.program_for(shaped, jax.devices()).model.num_layers == 4
+        asked = r"absent.*--config\.init\.path.*--config\.model\.vocab_size"
+        for model in (ModelConfig(), ModelConfig(vocab_size=272, remat="full")):
+            with pytest.raises(UserError, match=asked):
+                compile_for.program_for(dataclasses.replace(shaped, model=model), jax.devices())
+        odd = dataclasses.replace(shaped, train=dataclasses.replace(cfg.train, accumulate=3))
+        with pytest.raises(UserError, match="data.batch_size 8 is not a multiple"):
+            compile_for.program_for(odd, jax.devices())
+
+
+def test_a_frozen_base_is_read_and_has_no_moments():
+    """Bytes of a step by hand; routers alone move no adapters, nothing trained no activations."""
+    lora = dataclasses.replace(tiny_finetune.get_config("lora"), model=SHAPE)
+    program = compile_for.program_for(lora, jax.devices())
+    frozen = program.arguments(program.phases[0])[1]["model"]
+    base, adapters = P.count(frozen), P.count(program.specs["lora"])
+    kept = 32 + (2 * 4 + 2 * 2) * 8 + 32 + 2 * 64  # By token and layer, written and read.
+    bytes_ = 4 * (base + 2 * 3 * adapters) + 2 * 4 * (base - 272 * 32 + adapters)
+    bytes_ += 4 * 2 * (8 * 32) * 4 * kept
+    assert program.traffic(program.phases[0]) == pytest.approx(bytes_, rel=1e-3)
+
+    first = dataclasses.replace(tiny_first.get_config("first"), model=SHAPE)
+    skipping = compile_for.program_for(first, jax.devices())
+    routers, adapted = skipping.phases
+    fewer = {group: P.count(specs) for group, specs in skipping.specs.items()}
+    assert fewer["routers"] == 4 * 33
+    moved = (2 * 3 + 2) * 4 * (fewer["lora"] - fewer["routers"])
+    gap = skipping.traffic(adapted) - skipping.traffic(routers)
+    assert gap == pytest.approx(moved, rel=0.01)
+    top = dataclasses.replace(first.method, decision=Decision(rule="top", kept=3))
+    ahead = compile_for.program_for(dataclasses.replace(first, method=top), jax.devices())
+    extra = ahead.traffic(ahead.phases[1]) - skipping.traffic(adapted)
+    assert extra == pytest.approx(4 * (base - 2 * 272 * 32))  # The blocks, once more.
+
+    peer = dataclasses.replace(tiny_first.get_config("influence"), model=SHAPE)
+    nothing = compile_for.program_for(peer, jax.devices())
+    assert nothing.traffic(nothing.phases[0]) == pytest.approx(
+        4 * base + 4 * (base - 272 * 32), abs=100
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,7 +160,7 @@ def test_a_teacher_of_a_shape_leaves_with_its_phase():
         """
         import dataclasses, json
         import jax
-        from fixtures import tiny
+        from fixtures import tiny, tiny_finetune, tiny_first
         from jaxreason.core.chips import parse_target
         from jaxreason.core.mesh import MeshConfig
         from jaxreason.models.decoder import ModelConfig

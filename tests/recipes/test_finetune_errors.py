@@ -57,10 +57,7 @@ WRONG = {
     "muon": (["--config.optim.name=muon"], ["optim.name is muon"]),
     "other shape": (["--config.model.d_model=48"], ["model.", "leave `model`"]),
     "other base": (["--config.base.sha256=abc"], ["another model than the run's base"]),
-    "compile_for": (
-        ["--compile_for=tpu:v5p:4x4x4"],
-        ["--compile_for compiles runs of pretraining"],
-    ),
+    "compile_for": (["--compile_for=tpu:v5p:4x4"], ["shape '4x4'", "v5p takes"]),
     "no folder": (["--config.run.dir="], ["run.dir is not set"]),
     "typo": (["--config.data.pakcing=none"], ["did you mean", "packing"]),
 }
