@@ -77,7 +77,7 @@ def test_what_is_compared_is_not_trivial(report):
     for layers in (1, 2):
         rows = report[f"let, {layers} layers"]["rows"]
         assert abs(rows[0]["align_cosine"]) > 1e-3
-        assert abs(rows[1]["total"] - rows[1]["nll"]) > 1e-3
+        assert abs(rows[1]["total"] - rows[1]["nll"]) > 1e-4
         assert rows[2]["total"] == pytest.approx(rows[2]["nll"], rel=1e-6)
     assert report["distill, 1 layers"]["rows"][0]["kl"] > 0.1
     assert report["experts, 1 layers"]["rows"][0]["busiest_expert"] > 1.05
