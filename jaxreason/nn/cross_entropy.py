@@ -235,14 +235,12 @@ def _forward(
     d_hidden = _join(d_hidden, cut, hidden_btd.shape)
     if order is not None:
         d_hidden = _ordered(d_hidden, jnp.argsort(order, axis=1))
-    if learned and cut != (1, 1):
-        if keep:
-            tokens = tuple(range(d.ndim - 1))
-            d_unembed = jnp.tensordot(
-                xs[0], d, (tokens, tokens), preferred_element_type=jnp.float32
-            )
-        else:
-            d_unembed = d_unembed.sum((0, 1))
+    if d is not None:
+        tokens = tuple(range(d.ndim - 1))
+        d_unembed = jnp.tensordot(xs[0], d, (tokens, tokens), preferred_element_type=jnp.float32)
+    elif d_unembed is not None and cut != (1, 1):
+        d_unembed = d_unembed.sum((0, 1))
+    if d_unembed is not None and cut != (1, 1):
         # Over the devices, to where the parameter's parts lie.
         d_unembed = shard(d_unembed, "embed", "vocab", rules=PARAM_RULES)
     return sums, (d_hidden, d_unembed, unembed_dv[:0])
