@@ -1,6 +1,6 @@
 """What is to be gained by choosing layers by input: per token, of SmolLM2-135M-Instruct as it is.
 
-    python -m benchmarks.choice_by_input --stage=measure   # 30 minutes on 2 CPU cores with AMX
+    python -m benchmarks.choice_by_input --stage=measure   # half an hour on a CPU core with AMX
     python -m benchmarks.choice_by_input --stage=sum       # docs/results/choice_by_input.json
 
 Prompts are read by all layers, as FiRST does it; of their completions each token's loss is measured

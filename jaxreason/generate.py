@@ -113,7 +113,8 @@ class GenerateConfig:
         if self.skip_scope == "everywhere" and not self.keep_layers:
             raise UserError("--skip_scope belongs to --keep_layers; routers have their own scope")
         self._validate_drafts()
-        if self.batching == "group" and (self.keep_layers or self.exit_layer or self.chat):
+        same = self.keep_layers or self.exit_layer or self.draft_layers or self.skip == "off"
+        if self.batching == "group" and (same or self.chat):
             raise UserError("--batching=group is for completions of different layers; leave it out")
         if self.system and not (self.chat or self.message):
             raise UserError("--system belongs to --chat or --message")

@@ -41,6 +41,28 @@ def test_value_and_gradient_equal_the_definition(chunk, z_loss, cap):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("features", "kept"), [(16, True), (8, False)])
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_a_cut_batch_of_few_tokens_keeps_logits_gradients(features, kept, chunk, monkeypatch):
+    """As many tokens a device as features: its table's gradient is not in the loop; else it is."""
+    cut = cross_entropy_module._cut
+    monkeypatch.setattr(cross_entropy_module, "_cut", lambda *a: ((2, 1), cut(*a)[1]))
+    keys = jax.random.split(jax.random.key(0), 4)
+    h, w = jax.random.normal(keys[0], (4, 8, features)), jax.random.normal(keys[1], (features, 20))
+    y, weights = jax.random.randint(keys[2], (4, 8), 0, 20), jax.random.uniform(keys[3], (4, 8))
+    f = jax.value_and_grad(
+        lambda h, w: cross_entropy(h, w, y, weights, 0.01, 4.0, chunk).loss, (0, 1)
+    )
+    scan = next(e for e in jax.make_jaxpr(f)(h, w).eqns if e.primitive.name == "scan")
+    tables = [v for v in scan.outvars if v.aval.shape[-2:] == (features, 20)]
+    assert len(tables) == (not kept)
+    value, grads = jax.jit(f)(h, w)
+    expected, wanted = jax.value_and_grad(plain, (0, 1))(h, w, y, weights, 0.01, 4.0)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for a, b in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_metrics():
     h, w, y, weights = arrays()
     out = cross_entropy(h, w, y, weights, 0.1, None, 4)

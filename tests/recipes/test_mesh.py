@@ -28,8 +28,8 @@ ALONE, MIXED = [*SHAPES][:5], [*SHAPES][5:]
 # Method -> layers -> meshes; two layers are scanned.
 METHODS = {
     "let": {1: ALONE, 2: MIXED[1:2]},
-    "experts": {1: [*ALONE, MIXED[3]], 2: MIXED[2:3]},
-    "distill": {1: MIXED[:1]},
+    "experts": {1: ALONE, 2: MIXED[2:]},
+    "distill": {2: MIXED[:1]},
     "routers": {1: ["sequence 8", "expert 8"]},
     "adapters": {2: [MIXED[0], "tensor 8"]},
 }
@@ -79,7 +79,7 @@ def test_what_is_compared_is_not_trivial(report):
         assert abs(rows[0]["align_cosine"]) > 1e-3
         assert abs(rows[1]["total"] - rows[1]["nll"]) > 1e-4
         assert rows[2]["total"] == pytest.approx(rows[2]["nll"], rel=1e-6)
-    assert report["distill, 1 layers"]["rows"][0]["kl"] > 0.1
+    assert report["distill, 2 layers"]["rows"][0]["kl"] > 0.1
     assert report["experts, 1 layers"]["rows"][0]["busiest_expert"] > 1.05
     for case in ("routers, 1 layers", "adapters, 2 layers"):  # Prompts disagree on the layers.
         assert all(0 < row["depth/keep_00"] < 1 for row in report[case]["rows"])

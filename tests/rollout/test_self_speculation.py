@@ -348,6 +348,8 @@ def test_the_flags(monkeypatch, capsys):
         ["--self_speculative", "--exit_layer=9"],
         ["--self_speculative", "--draft_layers=9"],
         ["--self_speculative", "--exit_layer=1", "--batching=group"],
+        ["--self_speculative", "--draft_layers=0", "--batching=group"],
+        ["--skip=off", "--batching=group"],
         ["--self_speculative"],
     ):
         code, out, err = call(*argv)
