@@ -2,7 +2,8 @@
 
     python -m benchmarks.generate_speed --torch=PYTHON --out=docs/results/generate_cpu.json
 
-The same random weights of SmolLM2-135M's shape, the same prompts, dtype and threads, no end token;
+The same random weights of SmolLM2-135M's shape (of `--weights`, which is how its file holds them:
+bfloat16 as SmolLM2 was released, or float32), the same prompts, dtype and threads, no end token;
 64 tokens of prompt and 64 new ones. Each system runs in a process of its own, in turn (A B C, A B
 C, ...), so that a machine whose speed drifts treats all alike; compiling and warming up are not in
 the times and are stated apart. A call for one token is the prefill, the rest of a whole call is
@@ -65,6 +66,8 @@ def summarise(rounds: list[dict], args) -> dict:
             # What the first call takes beyond a warm one: compiling, for whom does it.
             "compile_s": [r["batches"][batch]["first_s"][0] - whole for r in rounds],
         }
+        if (held := rounds[0]["batches"][batch].get("weight_bytes")) is not None:
+            out[int(batch)]["weight_bytes"] = held
     return out
 
 
@@ -90,10 +93,14 @@ def compare(dtype: str, systems: dict[str, dict], bandwidth: float, args) -> dic
     if 1 in systems[OURS]:
         width = {"float32": 4, "bfloat16": 2}[dtype]
         held = args.prompt + args.new / 2
-        moved = width * (PARAMS + KV_VALUES * held)
+        moved = {
+            name: s[1].get("weight_bytes", width * PARAMS) + width * KV_VALUES * held
+            for name, s in systems.items()
+        }
         result["bytes_a_token"] = moved
         result["fraction_of_bandwidth_limit"] = {
-            name: s[1]["decode_tokens_per_s"] * moved / bandwidth for name, s in systems.items()
+            name: s[1]["decode_tokens_per_s"] * moved[name] / bandwidth
+            for name, s in systems.items()
         }
     return result
 
@@ -121,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch", required=True, help="a Python with torch and transformers")
     parser.add_argument("--model", default="", help="folder of the weights; made where absent")
+    parser.add_argument("--weights", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--modes", default="default,static", help="of transformers; may be empty")
@@ -153,7 +161,8 @@ def run(args, folder: pathlib.Path) -> dict:
     model = pathlib.Path(args.model or folder / "model")
     if not (model / "config.json").exists():
         subprocess.run(
-            [args.torch, script, f"--model={model}", "--make"], check=True, env=clean
+            [args.torch, script, f"--model={model}", "--make", f"--weights={args.weights}"],
+            check=True, env=clean,
         )  # fmt: skip
     sizes = [f"--{n}={getattr(args, n)}" for n in ("batches", "prompt", "new", "repeats")]
     load, bandwidths, found, versions = os.getloadavg()[0], [], {}, {}

@@ -2,7 +2,7 @@
 
 Run by a Python of its own that has torch and transformers:
 
-    PYTHON benchmarks/torch_generate.py --model=FOLDER --make     # random weights, float32
+    PYTHON benchmarks/torch_generate.py --model=FOLDER --make     # random weights, in bfloat16
     PYTHON benchmarks/torch_generate.py --model=FOLDER --mode=static --dtype=bfloat16
 
 The first writes the model that all systems load. The second prints one line of JSON: seconds of
@@ -23,8 +23,11 @@ import transformers
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 
-def make(folder: pathlib.Path) -> None:
-    """Writes a model of SmolLM2-135M's shape with random weights, scaled so that text varies."""
+def make(folder: pathlib.Path, weights: str) -> None:
+    """Writes a model of SmolLM2-135M's shape with random weights, scaled so that text varies.
+
+    `weights` is the dtype that its file holds: bfloat16, as SmolLM2 was released, or float32.
+    """
     torch.manual_seed(0)
     cfg = LlamaConfig(
         vocab_size=49152,
@@ -41,7 +44,7 @@ def make(folder: pathlib.Path) -> None:
         bos_token_id=1,
         eos_token_id=2,
     )
-    LlamaForCausalLM(cfg).save_pretrained(folder)
+    LlamaForCausalLM(cfg).to(getattr(torch, weights)).save_pretrained(folder)
 
 
 def measure(model, tokens, args) -> dict:
@@ -85,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--make", action="store_true")
+    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--mode", choices=["default", "static"], default="default")
     parser.add_argument("--compile-mode", default="default", help="torch.compile's mode")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -98,7 +102,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if args.make:
-        make(pathlib.Path(args.model))
+        make(pathlib.Path(args.model), args.weights)
         return
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     result = {}

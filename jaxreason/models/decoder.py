@@ -203,16 +203,20 @@ def cast(params, dtype):
 
     One cast a step: sharded parameters are then gathered in the compute precision. The gradient of
     a table sums over every occurrence of a token, that of a bias over all tokens, which in bfloat16
-    stalls at 256 terms. A router's rounding would change which experts are chosen.
+    stalls at 256 terms. A router's rounding would change which experts are chosen. What is laid out
+    for a token loop stays too: it lies in what that loop computes with.
     """
 
     def one(path, leaf):
+        if isinstance(leaf, decode.OutIn):
+            return leaf
         names = P.path_name(path).split("/")
         kept = names[-1] in ("embed", "positions", "router") or names[-1].endswith("_bias")
         kept |= not jnp.issubdtype(leaf.dtype, jnp.floating)  # Such as the keys of a dropout.
         return leaf if kept or any(n.endswith("norm") for n in names) else leaf.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    laid_out = lambda leaf: isinstance(leaf, decode.OutIn)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=laid_out)
 
 
 def unstack(params):

@@ -68,18 +68,22 @@ class Entrants:
 def prepare_params(params, cfg, dtype, rows: int):
     """Parameters as the token loop over `rows` rows wants them: one tree a layer, cast once.
 
-    On CPU in the layout of `nn.kernels.decode`. Those of a prepared model come back as they are.
+    On CPU in the layout of `nn.kernels.decode`, where a float32 loop keeps weights in bfloat16 if
+    that changes none. Those of a prepared model come back as they are.
     """
     if isinstance(params["blocks"], tuple) and "qkv" in params["blocks"][0]["attn"]:
         return params
-    return _prepare(params, cfg=cfg, dtype=jnp.dtype(dtype).name, rows=rows)
+    narrow = jnp.dtype(dtype) == jnp.float32 and decoder.resolve(cfg).kernels == "cpu"
+    narrow = narrow and bool(kernels.held_by_bfloat16(params, tied=cfg.tie_embeddings))
+    return _prepare(params, cfg=cfg, dtype=jnp.dtype(dtype).name, rows=rows, narrow=narrow)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "rows"))
-def _prepare(params, *, cfg, dtype: str, rows: int):
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "rows", "narrow"))
+def _prepare(params, *, cfg, dtype: str, rows: int, narrow: bool):
     params = decoder.unstack(decoder.cast(params, as_dtype(dtype)))
     if decoder.resolve(cfg).kernels == "cpu":
-        return kernels.prepare(params, tied=cfg.tie_embeddings, dtype=as_dtype(dtype), rows=rows)
+        tied, dtype = cfg.tie_embeddings, as_dtype(dtype)
+        return kernels.prepare(params, tied=tied, dtype=dtype, rows=rows, narrow=narrow)
     return {**params, "embed": params["embed"].astype(dtype)}
 
 

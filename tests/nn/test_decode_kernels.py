@@ -29,6 +29,34 @@ def test_product_equals_the_plain_one(rows, pieces, dtype):
     np.testing.assert_allclose(np.asarray(rounded, np.float32), expected, rtol=5e-3, atol=5e-3)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 21, 22])  # The last is a product in float32.
+def test_a_bfloat16_weight_times_float32_rows_loses_nothing(rows):
+    # Sizes that differ by ten orders: the parts of the small must not be lost beside the large.
+    x = rand(0, rows, 40) * 10.0 ** (np.arange(40) % 11 - 5.0)[None]
+    w = rand(1, 40, 100, dtype=jnp.bfloat16)
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    scale = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w, np.float64))
+    got = jax.jit(decode.product)(x, decode.out_in(w))
+    assert got.dtype == jnp.float32
+    assert (np.abs(got - exact) <= 3e-7 * scale).all()
+    parts = decode.bfloat16_parts(x)
+    assert {p.dtype for p in parts} == {jnp.dtype(jnp.bfloat16)}
+    whole = sum(np.asarray(p, np.float64) for p in parts)
+    np.testing.assert_array_equal(whole, np.asarray(x, np.float64))
+
+
+def test_what_bfloat16_must_hold_are_the_weights_of_products():
+    narrow, wide = rand(0, 6, 4, dtype=jnp.bfloat16).astype(jnp.float32), rand(1, 6, 4)
+    block = {"mlp": {"up": narrow, "up_bias": wide}, "norm": wide}
+    held = lambda params, tied: bool(decode.held_by_bfloat16(params, tied=tied))  # noqa: E731
+    assert held({"embed": wide, "unembed": narrow, "blocks": block}, tied=False)
+    assert not held({"embed": wide, "blocks": block}, tied=True)
+    assert held({"embed": narrow, "blocks": block}, tied=True)
+    assert not held({"embed": narrow, "unembed": wide, "blocks": block}, tied=False)
+    adapted = {"mlp": {"up": {"base": wide}}}
+    assert not held({"embed": narrow, "unembed": narrow, "blocks": adapted}, tied=False)
+
+
 @pytest.mark.parametrize("lead", [(1, 1), (3, 1), (2, 7)])
 def test_product_of_several_axes_and_joined_weights(lead):
     x = rand(0, *lead, 4, 8)

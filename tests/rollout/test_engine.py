@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rollout_model import EOS_IDS, full_logprobs, greedy, ragged_prompts, tiny_model
@@ -59,6 +61,23 @@ def test_a_sampled_tokens_logprob_is_that_of_the_training_forward(model):
         worst = max(worst, np.abs(want - c.logprobs).max())
         assert not np.allclose(c.logprobs, c.sampling_logprobs)
     assert worst < 1e-5
+
+
+def test_weights_that_bfloat16_holds_lie_in_it_and_the_numbers_stay_those_of_float32():
+    plain = tiny_model()
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), plain.params)
+    rounded = dataclasses.replace(plain, params=params)
+    model = prepare(rounded)
+    pieces = [*jax.tree.leaves(model.params["blocks"][0]["mlp"]), *model.params["unembed"].pieces]
+    assert {p.dtype for p in pieces} == {jnp.dtype(jnp.bfloat16)}
+    others = prepare(plain).params["blocks"][0]["mlp"]
+    assert {p.dtype for p in jax.tree.leaves(others)} == {jnp.dtype(jnp.float32)}
+    for size in (1, 3):  # One row is four rows of the product, three are nine.
+        for c in generate(model, PROMPTS[:3], WARM, max_new_tokens=16, slots=size, logprobs=True):
+            prompt = PROMPTS[c.prompt_index]
+            table = full_logprobs(rounded, [*prompt, *c.tokens])[len(prompt) - 1 : -1]
+            want = table[np.arange(len(c.tokens)), c.tokens]
+            np.testing.assert_allclose(c.logprobs, want, atol=1e-5, rtol=0)
 
 
 def test_slots_chunks_order_and_company_change_nothing(model):

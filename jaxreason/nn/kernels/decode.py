@@ -6,9 +6,14 @@ What they obey, as measured on two cores with AMX (docs/log.md):
 - One row alone takes a slow loop in bfloat16 (4 GB/s), so it goes as four equal rows. In float32
   that loop is fast but runs on one core; in PIECES independent pieces it runs on both.
 - Nothing here needs oneDNN, so the compiled programs can be kept on disk.
+- A float32 input is the sum of three bfloat16 ones (8 bits each), and a bfloat16 product summed in
+  float32 drops nothing. So float32 weights that bfloat16 holds exactly, as those of most released
+  models, lie in bfloat16 and are read at half the bytes; the three parts are three of the four
+  rows. What is left out of a product is below the rounding of its float32 sum.
 - Keys and values lie [B,G,S,K]; scores are rounded to the queries' dtype, as in `cpu.attention`.
 """
 
+import functools
 import math
 
 import flax.struct
@@ -17,6 +22,8 @@ import jax.numpy as jnp
 
 # Rows that one row is repeated to in bfloat16; 2, 4 and 8 run alike, 1 runs in a scalar loop.
 ROWS = 4
+# A float32 number is the sum of so many bfloat16 ones.
+PARTS = 3
 # Up to so many rows the weight is the left side; beyond, transposing the result costs more.
 FEW = 64
 # XLA runs ready operations on several threads only where more than eight of them wait.
@@ -38,9 +45,12 @@ class OutIn:
         return OutIn(tuple(p.astype(dtype) for p in self.pieces), self.out)
 
 
-def pieces_for(dtype, rows: int) -> int:
+PRODUCTS = ("q", "k", "v", "o", "gate", "up", "down", "unembed")
+
+
+def pieces_for(dtype, rows: int, narrow: bool = False) -> int:
     """How many pieces the weights should lie in for a loop over `rows` rows at a time."""
-    return PIECES if rows == 1 and jnp.dtype(dtype) == jnp.float32 else 1
+    return PIECES if rows == 1 and jnp.dtype(dtype) == jnp.float32 and not narrow else 1
 
 
 def out_in(*weights: jax.Array, inputs: int = 1, pieces: int = 1) -> OutIn:
@@ -83,8 +93,53 @@ def product(x: jax.Array, w: OutIn, dtype=None, *, inputs: int = 1) -> jax.Array
     return y.reshape(*lead, *w.out)
 
 
+def bfloat16_parts(x: jax.Array) -> tuple[jax.Array, ...]:
+    """Three bfloat16 arrays that add up to the float32 `x`, largest first.
+
+    Exactly, where `x` is finite and above 1e-30 in size; what is lost below is under 1e-38.
+    """
+    parts, rest = [], x
+    for _ in range(PARTS):
+        # Not two casts: the compiler may take a cast and its reverse for nothing.
+        part = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(jnp.bfloat16))
+        rest = rest - part
+    return tuple(parts)
+
+
+@functools.partial(jax.jit, static_argnames="tied")
+def held_by_bfloat16(params: dict, *, tied: bool) -> jax.Array:
+    """Whether a cast to bfloat16 would change no number of a decoder's weights of products.
+
+    Norms, biases, and a table that is not also the unembedding need not be so.
+    """
+    same = [jnp.bool_(True)]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = {getattr(key, "key", None) for key in path}
+        if names & set(PRODUCTS) or (tied and "embed" in names):
+            rounded = jax.lax.reduce_precision(leaf, exponent_bits=8, mantissa_bits=7)
+            same.append((rounded == leaf).all())
+    return jnp.stack(same).all()
+
+
+def _wide_times(x_ni, w_oi, dtype):
+    """`_rows_times` of float32 rows and a bfloat16 weight, as accurate as both in float32."""
+    n = x_ni.shape[0]
+    if PARTS * n > FEW:
+        return _rows_times(x_ni, w_oi.astype(jnp.float32), dtype)
+    rows = jnp.concatenate(bfloat16_parts(x_ni))
+    rows = jnp.pad(rows, ((0, max(ROWS - PARTS * n, 0)), (0, 0)))
+    y_on = jax.lax.dot_general(
+        w_oi, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    first, second, third = jnp.split(jax.lax.optimization_barrier(y_on)[:, : PARTS * n], PARTS, 1)
+    return (first + (second + third)).T.astype(dtype)
+
+
 def _rows_times(x_ni, w_oi, dtype):
     n = x_ni.shape[0]
+    if x_ni.dtype == jnp.float32 and w_oi.dtype == jnp.bfloat16:
+        return _wide_times(x_ni, w_oi, dtype)
     if n > FEW or (n == 1 and x_ni.dtype == jnp.float32):
         return jax.lax.dot_general(
             x_ni, w_oi, (((1,), (1,)), ((), ())), preferred_element_type=dtype
@@ -117,19 +172,26 @@ def prepare_block(p: dict, pieces: int = 1) -> dict:
     return {**p, "attn": attn, "mlp": mlp}
 
 
-def prepare(params: dict, *, tied: bool, dtype, rows: int) -> dict:
+def prepare(params: dict, *, tied: bool, dtype, rows: int, narrow: bool = False) -> dict:
     """A decoder's parameters for a token loop over `rows` rows; call it once, outside the loop.
 
     `blocks` must be a tuple of one tree a layer, already in `dtype`. The unembedding becomes an
-    OutIn [V,E] named `unembed`; where it is tied, it and `embed` are one array in `dtype`.
+    OutIn [V,E] named `unembed`; where it is tied, it and `embed` are one array in `dtype`. With
+    `narrow`, the products' weights lie in bfloat16 (`held_by_bfloat16` must be true).
     """
-    pieces = pieces_for(dtype, rows)
+    pieces = pieces_for(dtype, rows, narrow)
+    lies = jnp.bfloat16 if narrow else dtype
     blocks = tuple(prepare_block(p, pieces) for p in params["blocks"])
-    embed = params["embed"].astype(dtype)
+    if narrow:
+        is_product = lambda leaf: isinstance(leaf, OutIn)  # noqa: E731
+        lay = lambda leaf: leaf.astype(lies) if is_product(leaf) else leaf  # noqa: E731
+        blocks = jax.tree.map(lay, blocks, is_leaf=is_product)
     if tied:
+        embed = params["embed"].astype(lies)
         unembed = from_rows(embed, embed.shape[:1], pieces)
     else:
-        unembed = out_in(params["unembed"].astype(dtype), pieces=pieces)
+        embed = params["embed"].astype(dtype)
+        unembed = out_in(params["unembed"].astype(lies), pieces=pieces)
     return {**params, "blocks": blocks, "embed": embed, "unembed": unembed}
 
 
