@@ -4,7 +4,7 @@ import collections
 import statistics
 from collections.abc import Mapping, Sequence
 
-from benchmarks.first_arms import TASKS, TUNING, Arm, chosen, given_hash, tuning_jobs
+from benchmarks.first_arms import TASKS, TUNED_ON, TUNING, Arm, chosen, given_hash, tuning_jobs
 from jaxreason.core.errors import UserError
 
 SAME_LAYERS = 0.05
@@ -60,8 +60,9 @@ def check_same(task: str, runs: Sequence[Run]) -> None:
 
 def tuning(records: Mapping[str, dict]) -> dict:
     """Held-out losses of the tuning runs, by task and method; `edge`: the best is an outermost."""
-    out: dict = {task: {} for task in TASKS}
-    for task, method in ((task, method) for task in TASKS for method in TUNING):
+    tuned = dict.fromkeys(TUNED_ON.values())
+    out: dict = {task: {} for task in tuned}
+    for task, method in ((task, method) for task in tuned for method in TUNING):
         jobs = [job for job in tuning_jobs(task, method) if job.name in records]
         runs = [{**job.setting, "loss": records[job.name]["loss"]} for job in jobs]
         if runs:

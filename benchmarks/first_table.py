@@ -17,8 +17,8 @@ of one core do more than one of two. Several tables may work at the same records
 one at a time, with nothing beside: of each arm one seed with adapters (first_arms.timed).
 
 Every method has the same tuning runs (first_arms.TUNING), at 20 % skipped and half length, judged
-by the loss on held-out examples of the training part; test examples are read by `evaluate` alone.
-An arm with adapters and one without have one setting.
+by the loss on held-out examples of the training part, on docstrings (first_arms.TUNED_ON); test
+examples are read by `evaluate` alone. An arm with adapters and one without have one setting.
 """
 
 import argparse
@@ -268,7 +268,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     methods = methods_here(args.methods.split(","))
     if args.stage == "tune":
-        jobs = [job for task in tasks for method in methods for job in tuning_jobs(task, method)]
+        runs = [job for task in tasks for method in methods for job in tuning_jobs(task, method)]
+        jobs = list(dict.fromkeys(runs))  # Tasks may share them.
     else:
         jobs = main_jobs(tasks, methods)
         jobs = timed(jobs) if args.stage == "time" else jobs

@@ -145,12 +145,12 @@ def test_runs_of_a_setting_that_is_not_chosen_any_more_are_left_out():
     assert (
         note.startswith("1 run of a setting that is not the tuned one now") and stale.name in note
     )
-    # Now that setting is the best: the others are stale.
+    # Now that setting is the best, on both tasks: the others are stale.
     records[job.name]["loss"] = 0.5
     result = first_summary.summary(records)
     found = result["tasks"]["docstrings"]["arms"]
     assert found["random-skip20"]["seeds"] == [1] and "random-skip40" not in found
-    assert result["notes"][0].startswith("8 runs of a setting that is not the tuned one now")
+    assert result["notes"][0].startswith("16 runs of a setting that is not the tuned one now")
 
 
 def test_methods_and_seeds_and_grids_that_are_gone():
@@ -164,7 +164,7 @@ def test_methods_and_seeds_and_grids_that_are_gone():
     arms = result["tasks"]["docstrings"]["arms"]
     assert arms["none"]["seeds"] == [1] and "unified-skip20" not in arms
     notes = "\n".join(result["notes"])
-    for part in ("8 runs of methods that are not tuned", "1 run of seeds", "1 run of the tuning"):
+    for part in ("16 runs of methods that are not tuned", "1 run of seeds", "1 run of the tuning"):
         assert part in notes
     assert result["tuning"]["docstrings"]["unified"]["best"] is None
     assert len(result["tuning"]["docstrings"]["first"]["runs"]) == len(TUNING["first"])

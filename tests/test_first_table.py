@@ -92,6 +92,13 @@ def test_every_method_has_the_same_tuning():
         assert len({job.name for job in first_arms.tuning_jobs("docstrings", method)}) == len(runs)
 
 
+def test_a_task_without_tuning_of_its_own_takes_the_settings_of_the_other(capsys):
+    jobs = tune("docstrings", "random", 1.5, 1.2, 1.3)
+    assert first_table.setting("gsm_symbolic", "random") == jobs[1].changes
+    first_table.main(["--stage=tune", "--methods=random", "--list"])
+    assert capsys.readouterr().out.count("tune-docstrings-random") == len(jobs)
+
+
 def tune(task: str, method: str, *losses: float) -> list[Job]:
     jobs = first_arms.tuning_jobs(task, method)
     for job, loss in zip(jobs, losses):
