@@ -82,8 +82,8 @@ def prepare_params(params, cfg, dtype, rows: int):
 def _prepare(params, *, cfg, dtype: str, rows: int, narrow: bool):
     params = decoder.unstack(decoder.cast(params, as_dtype(dtype)))
     if decoder.resolve(cfg).kernels == "cpu":
-        tied, dtype = cfg.tie_embeddings, as_dtype(dtype)
-        return kernels.prepare(params, tied=tied, dtype=dtype, rows=rows, narrow=narrow)
+        tied, to = cfg.tie_embeddings, as_dtype(dtype)
+        return kernels.prepare(params, tied=tied, dtype=to, rows=rows, narrow=narrow)
     return {**params, "embed": params["embed"].astype(dtype)}
 
 
