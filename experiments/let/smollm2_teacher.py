@@ -8,7 +8,8 @@ states are kept on disk, so that a second run on the same rows does not pay for 
     python -m jaxreason.main --config=experiments/let/smollm2_teacher.py:baseline
     python -m jaxreason.main --config=experiments/let/smollm2_teacher.py:let
 
-Hardware: 2 CPU cores with AMX. Numbers: none yet, the comparison has not been run.
+Hardware: 2 CPU cores with AMX. Numbers (docs/log.md, 2026-11-24): at equal FLOPs, 300 steps of LET
+against 490 of the baseline, LET ends 0.34 nats a token above; at equal steps they end alike.
 """
 
 from jaxreason.core.errors import UserError, nearest

@@ -75,7 +75,12 @@ def prepare_params(params, cfg, dtype, rows: int):
         return params
     narrow = jnp.dtype(dtype) == jnp.float32 and decoder.resolve(cfg).kernels == "cpu"
     narrow = narrow and bool(kernels.held_by_bfloat16(params, tied=cfg.tie_embeddings))
-    return _prepare(params, cfg=cfg, dtype=jnp.dtype(dtype).name, rows=rows, narrow=narrow)
+    prepared = _prepare(params, cfg=cfg, dtype=jnp.dtype(dtype).name, rows=rows, narrow=narrow)
+    table = prepared.get("unembed")
+    if cfg.tie_embeddings and isinstance(table, kernels.OutIn) and len(table.pieces) == 1:
+        # A compiled program returns an array that has two names as two.
+        prepared = {**prepared, "embed": table.pieces[0]}
+    return prepared
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype", "rows", "narrow"))
