@@ -24,6 +24,8 @@ import jax.numpy as jnp
 ROWS = 4
 # A float32 number is the sum of so many bfloat16 ones.
 PARTS = 3
+# A decoder's weights that `prepare` lays out for products.
+PRODUCTS = ("q", "k", "v", "o", "gate", "up", "down", "unembed")
 # Up to so many rows the weight is the left side; beyond, transposing the result costs more.
 FEW = 64
 # XLA runs ready operations on several threads only where more than eight of them wait.
@@ -43,9 +45,6 @@ class OutIn:
     def astype(self, dtype) -> "OutIn":
         """The same weight in another dtype."""
         return OutIn(tuple(p.astype(dtype) for p in self.pieces), self.out)
-
-
-PRODUCTS = ("q", "k", "v", "o", "gate", "up", "down", "unembed")
 
 
 def pieces_for(dtype, rows: int, narrow: bool = False) -> int:
@@ -117,8 +116,9 @@ def held_by_bfloat16(params: dict, *, tied: bool) -> jax.Array:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = {getattr(key, "key", None) for key in path}
         if names & set(PRODUCTS) or (tied and "embed" in names):
-            rounded = jax.lax.reduce_precision(leaf, exponent_bits=8, mantissa_bits=7)
-            same.append((rounded == leaf).all())
+            wide = leaf.astype(jnp.float32)
+            rounded = jax.lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=7)
+            same.append((rounded == wide).all())
     return jnp.stack(same).all()
 
 
