@@ -2,12 +2,13 @@
 
     python -m benchmarks.generate_speed --torch=PYTHON --out=docs/results/generate_cpu.json
 
-The same random weights of SmolLM2-135M's shape (of `--weights`, which is how its file holds them:
-bfloat16 as SmolLM2 was released, or float32), the same prompts, dtype and threads, no end token;
-64 tokens of prompt and 64 new ones. Each system runs in a process of its own, in turn (A B C, A B
-C, ...), so that a machine whose speed drifts treats all alike; compiling and warming up are not in
-the times and are stated apart. A call for one token is the prefill, the rest of a whole call is
-decoding. `static` is transformers with a static cache and a compiled forward. Run it alone.
+The same random weights of SmolLM2-135M's shape (float32, or with `--weights=bfloat16` such as
+bfloat16 holds exactly, which our float32 reads at half the bytes), the same prompts, dtype and
+threads, no end token; 64 tokens of prompt and 64 new ones. Each system runs in a process of its
+own, in turn (A B C, A B C, ...), so that a machine whose speed drifts treats all alike; compiling
+and warming up are not in the times and are stated apart. A call for one token is the prefill, the
+rest of a whole call is decoding. `static` is transformers with a static cache and a compiled
+forward. Run it alone.
 """
 
 import argparse
@@ -128,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch", required=True, help="a Python with torch and transformers")
     parser.add_argument("--model", default="", help="folder of the weights; made where absent")
-    parser.add_argument("--weights", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--weights", choices=["bfloat16", "float32"], default="float32")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--modes", default="default,static", help="of transformers; may be empty")

@@ -2,7 +2,7 @@
 
 Run by a Python of its own that has torch and transformers:
 
-    PYTHON benchmarks/torch_generate.py --model=FOLDER --make     # random weights, in bfloat16
+    PYTHON benchmarks/torch_generate.py --model=FOLDER --make     # random weights, float32
     PYTHON benchmarks/torch_generate.py --model=FOLDER --mode=static --dtype=bfloat16
 
 The first writes the model that all systems load. The second prints one line of JSON: seconds of
@@ -26,7 +26,7 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 def make(folder: pathlib.Path, weights: str) -> None:
     """Writes a model of SmolLM2-135M's shape with random weights, scaled so that text varies.
 
-    `weights` is the dtype that its file holds: bfloat16, as SmolLM2 was released, or float32.
+    `weights` is the dtype that its file holds.
     """
     torch.manual_seed(0)
     cfg = LlamaConfig(
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--make", action="store_true")
-    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--mode", choices=["default", "static"], default="default")
     parser.add_argument("--compile-mode", default="default", help="torch.compile's mode")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

@@ -120,26 +120,33 @@ def by_enumeration(prompt: tuple[int, ...]) -> np.ndarray:
     return result
 
 
-def statistic(speculation, prompt=(1, 4, 2), n=2000) -> float:
-    """The worst statistic over pairs of positions of sampled completions."""
+def statistic(speculation, prompt=(1, 4, 2), n=2000) -> tuple[float, float]:
+    """The worst statistic over pairs of positions of sampled completions.
+
+    And by how many standard deviations the share of those that end is off.
+    """
     done = generate(
         small(), [list(prompt)], WARM, max_new_tokens=NEW, n=n, slots=400, speculation=speculation
     )
     rows = [[*c.tokens, *[V] * (NEW - len(c.tokens))] for c in done]
     tokens, p, worst = np.array(rows), by_enumeration(prompt), 0.0
     # Ends, also inside a draft: what follows one is no part of the completion.
-    assert 0.2 < np.mean([c.finish_reason == "eos" for c in done]) < 1
+    share = p[(np.indices(p.shape) == END).any(axis=0)].sum()
+    assert 0.2 < share < 1
+    ended = np.mean([c.finish_reason == "eos" for c in done])
+    off = float(abs(ended - share) / np.sqrt(share * (1 - share) / len(done)))
     for i, j in itertools.combinations(range(NEW), 2):
         other = tuple(k for k in range(NEW) if k not in (i, j))
         pair, counts = p.sum(axis=other), np.zeros((V + 1, V + 1))
         np.add.at(counts, (tokens[:, i], tokens[:, j]), 1)
         worst = max(worst, chi_square(counts, pair))
-    return worst
+    return worst, off
 
 
 def test_completions_have_the_full_models_distribution(monkeypatch):
-    assert statistic(SelfSpeculation(exit_layer=1, tokens=3)) < 1
+    worst, off = statistic(SelfSpeculation(exit_layer=1, tokens=3))
+    assert worst < 1 and off < 4
     monkeypatch.setattr(rule, "_accepts", lambda u, p, q: u >= 0)
     # Compiled with the patch: no other test may have this number of tokens.
-    worst = statistic(SelfSpeculation(exit_layer=1, tokens=1))
-    assert worst > 5, "without the test of acceptance it is the draft's distribution"
+    worst, off = statistic(SelfSpeculation(exit_layer=1, tokens=1))
+    assert worst > 5 and off > 10, "without the test of acceptance it is the draft's distribution"

@@ -7,8 +7,8 @@ What they obey, as measured on two cores with AMX (docs/log.md):
   that loop is fast but runs on one core; in PIECES independent pieces it runs on both.
 - Nothing here needs oneDNN, so the compiled programs can be kept on disk.
 - A float32 input is the sum of three bfloat16 ones (8 bits each), and a bfloat16 product summed in
-  float32 drops nothing. So float32 weights that bfloat16 holds exactly, as those of most released
-  models, lie in bfloat16 and are read at half the bytes; the three parts are three of the four
+  float32 drops nothing. So float32 weights that bfloat16 holds exactly, as those of a file in
+  bfloat16, lie in bfloat16 and are read at half the bytes; the three parts are three of the four
   rows. What is left out of a product is below the rounding of its float32 sum.
 - Keys and values lie [B,G,S,K]; scores are rounded to the queries' dtype, as in `cpu.attention`.
 """
