@@ -5,9 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-# A training step's bf16 products through oneDNN (AMX) instead of a loop: 5 times the tokens a
-# second, measured (docs/log.md). An unknown flag aborts the process, so they are given to known
-# versions only.
+# A training step's bf16 products through oneDNN (AMX, AVX512_BF16) instead of a loop: 5 and 10 times
+# the tokens a second, measured (docs/log.md). An unknown flag aborts the process, so they are given
+# to known versions only.
 ONEDNN_FLAGS = (
     "--xla_cpu_experimental_onednn_custom_call=true",
     "--xla_cpu_experimental_ynn_fusion_type=",
@@ -35,12 +35,15 @@ def _accelerator_present() -> bool:
     return "TPU_NAME" in os.environ or "TPU_WORKER_ID" in os.environ
 
 
-def cpu_has_amx() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (Linux only; else False)."""
+def cpu_has_bfloat16(cpuinfo: str = "/proc/cpuinfo") -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware: AMX or AVX512_BF16 (Linux; else False)."""
+    if sys.platform != "linux":
+        return False
     try:
-        return sys.platform == "linux" and "amx_bf16" in Path("/proc/cpuinfo").read_text()
+        flags = Path(cpuinfo).read_text().split()
     except OSError:
         return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
 def known_jaxlib() -> bool:
@@ -60,7 +63,7 @@ def prepare(*, restart: bool = False, onednn: bool = True) -> None:
     """
     if os.environ.get("JAXREASON_CPU_FLAGS") == "0" or "jax" in sys.modules:
         return
-    if _accelerator_present() or not known_jaxlib() or not cpu_has_amx():
+    if _accelerator_present() or not known_jaxlib() or not cpu_has_bfloat16():
         return  # Elsewhere none of this has been measured.
     if restart and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = MALLOC

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxreason.core.errors import UserError
-from jaxreason.core.platform import cpu_has_amx
+from jaxreason.core.platform import cpu_has_bfloat16
 
 
 def resolve_dtype(name: str, device: Any = None) -> str:
     """Turns `auto` into `bfloat16` or `float32` for a device.
 
-    bfloat16 on TPU, on GPUs of compute capability 8.0 and above and on a CPU with AMX; float32
-    elsewhere (a Colab T4 emulates bfloat16 slowly).
+    bfloat16 on TPU, on GPUs of compute capability 8.0 and above and on a CPU with AMX or
+    AVX512_BF16; float32 elsewhere (a Colab T4 emulates bfloat16 slowly).
     """
     if name in ("float32", "bfloat16"):
         return name
@@ -28,7 +28,7 @@ def resolve_dtype(name: str, device: Any = None) -> str:
         except ValueError:  # ROCm names an architecture; those that JAX supports have bfloat16.
             return "bfloat16"
         return "bfloat16" if capability >= 8.0 else "float32"
-    return "bfloat16" if device.platform == "cpu" and cpu_has_amx() else "float32"
+    return "bfloat16" if device.platform == "cpu" and cpu_has_bfloat16() else "float32"
 
 
 def as_dtype(name: str):
