@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF", "exact": "Exact answer, %"}
-# The page's line colours (c0 to c5); c6 is ours (STYLE).
+# The page's line colours (c0 to c5); c6 and c7 are ours (STYLE).
 COLOURS = {
-    "none": 0, "first": 1, "unified": 2, "evenly": 6, "random": 3, "influence": 4, "layerskip": 5,
+    "none": 0, "first": 1, "unified": 2, "evenly": 6, "random": 3, "influence": 4, "cost": 7,
+    "layerskip": 5,
 }  # fmt: skip
 TITLES = {
     "none": "no skipping",
@@ -17,11 +18,13 @@ TITLES = {
     "evenly": "evenly spread",
     "random": "random set",
     "influence": "block influence (ShortGPT)",
+    "cost": "skip cost of each layer",
     "layerskip": "LayerSkip, early exit",
 }
 STYLE = (
-    "<style>:root{--c6:#a07d00}@media(prefers-color-scheme:dark){:root{--c6:#d9b84a}}"
-    ".c6{color:var(--c6)}svg.whole{display:block;width:100%;height:auto}"
+    "<style>:root{--c6:#a07d00;--c7:#7a5230}"
+    "@media(prefers-color-scheme:dark){:root{--c6:#d9b84a;--c7:#c79a72}}"
+    ".c6{color:var(--c6)}.c7{color:var(--c7)}svg.whole{display:block;width:100%;height:auto}"
     "figure + figure{margin-top:20px}.legend svg{flex:none;width:16px;height:16px}"
     "svg .panel{font-weight:600;fill:var(--ink)}"
     "</style>"
@@ -32,6 +35,7 @@ MARKS: dict[str, Sequence[tuple[float, float]]] = {
     "evenly": [(0, -5.4), (5.4, 0), (0, 5.4), (-5.4, 0)],
     "random": [(0, -5.2), (5, 3.9), (-5, 3.9)],
     "influence": [(0, 5.2), (5, -3.9), (-5, -3.9)],
+    "cost": [(-5, 0), (4, -5), (4, 5)],
     "layerskip": [(0, -5.2), (4.9, -1.6), (3.1, 4.2), (-3.1, 4.2), (-4.9, -1.6)],
 }
 APART = 8

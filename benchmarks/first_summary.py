@@ -25,7 +25,7 @@ from jaxreason.eval.bootstrap import (
     seed_interval,
 )
 
-AGNOSTIC = ("unified", "evenly", "random", "influence", "layerskip")
+AGNOSTIC = ("unified", "evenly", "random", "influence", "cost", "layerskip")
 RESAMPLES = 10_000
 SAME_TIME = 0.02
 """Two shares of the full model's time no farther apart than this are not told apart."""

@@ -12,7 +12,7 @@ GROUPS = {
 # Mean score by method, with adapters, at 20 and 40 % skipped; without: that times PLAIN.
 QUALITY = {
     "none": (50, 50), "first": (46, 38), "unified": (30, 18), "evenly": (43, 33),
-    "random": (40, 27), "influence": (44, 31), "layerskip": (36, 28),
+    "random": (40, 27), "influence": (44, 31), "cost": (45, 33), "layerskip": (36, 28),
 }  # fmt: skip
 PLAIN = 0.5
 

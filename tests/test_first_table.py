@@ -25,8 +25,8 @@ def here(tmp_path, monkeypatch):
 
 
 def test_arms():
-    assert len(ARMS) == len(set(ARMS)) == 24
-    assert sum(len(arm.seeds) for arm in ARMS) == 3 * 2 * len(COMPARED) + 14
+    assert len(ARMS) == len(set(ARMS)) == 28
+    assert sum(len(arm.seeds) for arm in ARMS) == 3 * 2 * len(COMPARED) + 18
     labels = {arm.label for arm in ARMS}
     assert labels >= {
         "first-skip20",

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-# A training step's bf16 products through oneDNN (AMX, AVX512_BF16) instead of a loop: 5 and 10 times
+# A training step's bf16 products through oneDNN (AMX, AVX512_BF16) instead of a loop: 5 to 10 times
 # the tokens a second, measured (docs/log.md). An unknown flag aborts the process, so they are given
 # to known versions only.
 ONEDNN_FLAGS = (

@@ -168,7 +168,7 @@ def keep_wrap(keep_bl: jax.Array) -> LayerWrap:
     return LayerWrap(apply, keep_bl.T)
 
 
-def static_routers(keep: tuple[bool, ...], d_model: int) -> dict[str, jax.Array]:
+def static_routers(keep: tuple[bool, ...] | jax.Array, d_model: int) -> dict[str, jax.Array]:
     """Routers that keep the given set of layers whatever they read; for input-agnostic peers.
 
     Use them with `Decision(always_keep=())` and the threshold rule. A prompt without a token keeps

@@ -77,11 +77,12 @@ class FirstConfig:
     """First b: sigmoid(4) = 0.98, so that training starts near the full model (reconstructed)."""
     init_std: float = 0.0
     """Standard deviation of the first w (reconstructed)."""
-    init_order: Literal["equal", "influence"] = "equal"
+    init_order: Literal["equal", "influence", "cost"] = "equal"
     """First b of the layers: `init_bias` for all, or spread about it by the rank of their block
-    influence, so that training starts at that peer's set and learns to leave it (reconstructed)."""
+    influence, or of what skipping each alone costs on training batches (depth.skip_cost), so that
+    training starts at that peer's set and learns to leave it (reconstructed)."""
     init_spread: float = 1.0
-    """Under `influence`: how far above and below `init_bias` the first b lie (reconstructed)."""
+    """Under an order: how far above and below `init_bias` the first b lie (reconstructed)."""
 
     def validate(self) -> None:
         """Raises UserError for values outside their range."""
@@ -127,9 +128,9 @@ def specs(cfg: FirstConfig, num_layers: int, d_model: int) -> dict[str, ParamSpe
     }
 
 
-def ranked_bias(cfg: FirstConfig, influence: np.ndarray) -> np.ndarray:
-    """First b [L] under `init_order="influence"`: evenly spaced, in the order of influence [L]."""
-    rank = np.argsort(np.argsort(influence, kind="stable"), kind="stable")
+def ranked_bias(cfg: FirstConfig, worth: np.ndarray) -> np.ndarray:
+    """First b [L] under an `init_order`: evenly spaced, in the order of the layers' worth [L]."""
+    rank = np.argsort(np.argsort(worth, kind="stable"), kind="stable")
     even = 2.0 * rank / max(len(rank) - 1, 1) - 1.0
     return (cfg.init_bias + cfg.init_spread * even).astype(np.float32)
 

@@ -65,13 +65,37 @@ class BlockInfluence:
     """Where layers are skipped; ShortGPT removes them altogether (`everywhere`)."""
 
 
-StaticSet = AllLayers | Unified | Evenly | RandomLayers | BlockInfluence | LayerSkip
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SkipCost:
+    """The layers that cost most loss when each alone is left out (arXiv 2402.02834)."""
+
+    kept: int = 0
+    """Layers that run."""
+    batches: int = 2
+    """Training batches whose completions the loss is taken on (reconstructed)."""
+    always_keep: tuple[int, ...] = (0, -1)
+    """Layers that are in the set anyway, and are not measured; -1 is the last."""
+    scope: Scope = "decode_only"
+    """Where layers are skipped; the paper removes them altogether (`everywhere`)."""
+
+    def validate(self) -> None:
+        """Raises UserError where there would be nothing to measure on."""
+        if self.batches < 1:
+            raise UserError(f"batches is {self.batches}; expected 1 or more")
+
+
+StaticSet = AllLayers | Unified | Evenly | RandomLayers | BlockInfluence | SkipCost | LayerSkip
 
 
 def choose(
-    method: StaticSet, num_layers: int, influence: Callable[[int], np.ndarray]
+    method: StaticSet,
+    num_layers: int,
+    influence: Callable[[int], np.ndarray],
+    costs: Callable[[int, tuple[bool, ...], Scope], np.ndarray],
 ) -> tuple[bool, ...]:
-    """A method's set for a model of `num_layers`; `influence(batches)` measures it [L].
+    """A method's set for a model of `num_layers`.
+
+    `influence(batches)` and `costs(batches, always, scope)` measure the layers [L].
 
     Raises:
       UserError: the set cannot have `kept` layers.
@@ -90,6 +114,11 @@ def choose(
             always = Decision(always_keep=method.always_keep).always(num_layers)
             check_kept(method.kept, always)
             return most_influential(influence(method.batches), method.kept, always)
+        case SkipCost():
+            always = Decision(always_keep=method.always_keep).always(num_layers)
+            check_kept(method.kept, always)
+            found = costs(method.batches, always, method.scope)
+            return most_influential(found, method.kept, always)
         case LayerSkip():
             method.check(num_layers)
             return front(num_layers, method.kept)
@@ -113,7 +142,7 @@ def check_kept(kept: int, always: tuple[bool, ...]) -> None:
 def most_influential(
     influence: np.ndarray, kept: int, always: tuple[bool, ...]
 ) -> tuple[bool, ...]:
-    """Whether each layer runs when those `kept` with the largest influence do, `always` first.
+    """Whether each layer runs when those `kept` with the largest measure do, `always` first.
 
     Of equal layers the lower one runs.
     """

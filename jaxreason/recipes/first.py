@@ -22,11 +22,12 @@ from jaxreason.data.pairs_config import PairsConfig
 from jaxreason.data.pairs_source import Item
 from jaxreason.depth import first, sets
 from jaxreason.depth.block_influence import block_influence
-from jaxreason.depth.decision import static_routers
+from jaxreason.depth.decision import Scope, static_routers
 from jaxreason.depth.evenly import Evenly
 from jaxreason.depth.first import FirstConfig
 from jaxreason.depth.layerskip import LayerSkip
-from jaxreason.depth.sets import AllLayers, BlockInfluence, RandomLayers, Unified
+from jaxreason.depth.sets import AllLayers, BlockInfluence, RandomLayers, SkipCost, Unified
+from jaxreason.depth.skip_cost import skip_costs
 from jaxreason.eval.perplexity import make_eval_step, perplexity
 from jaxreason.models import decoder
 from jaxreason.models.decoder import ModelConfig
@@ -54,8 +55,8 @@ from jaxreason.train.optim import OptimConfig, make_schedule
 from jaxreason.train.phase import active
 from jaxreason.train.state import TrainState
 
-INFLUENCE_BATCHES = 4
-"""Training batches that FiRST's first order of layers is measured on, as many as the peer's."""
+INFLUENCE_BATCHES, COST_BATCHES = 4, 2
+"""Training batches that FiRST's first order of layers is measured on, as many as the peers'."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,14 @@ class SkippingConfig:
     data: PairsConfig = PairsConfig()
     """Examples, split, rows."""
     method: (
-        FirstConfig | AllLayers | Unified | Evenly | RandomLayers | BlockInfluence | LayerSkip
+        FirstConfig
+        | AllLayers
+        | Unified
+        | Evenly
+        | RandomLayers
+        | BlockInfluence
+        | SkipCost
+        | LayerSkip
     ) = FirstConfig()
     """What chooses the layers: routers that are trained, or a set that ignores the input."""
     router_steps: int = 200
@@ -234,24 +242,33 @@ def build(cfg: SkippingConfig, *, items: Sequence[Item] | None = None) -> Built:
     create = make_create(program.specs, program.phases, cfg.run.seed)
     initialise = jax.jit(create, out_shardings=program.shardings, donate_argnums=0)
 
-    def influence(batches: int) -> np.ndarray:
-        def run(params, batch, wrap):
-            return decoder.forward(params, model, batch, dtype=program.dtype, wrap=wrap)
+    def run_base(params, batch, wrap):
+        return decoder.forward(params, model, batch, dtype=program.dtype, wrap=wrap)
 
+    def influence(batches: int) -> np.ndarray:
         rows = (built.put(train_data.batch(i)) for i in range(batches))
-        return block_influence(run, load(), rows, model.num_layers)
+        return block_influence(run_base, load(), rows, model.num_layers)
+
+    def costs(batches: int, always: tuple[bool, ...], scope: Scope) -> np.ndarray:
+        rows = [built.put(train_data.batch(i)) for i in range(batches)]
+        return skip_costs(run_base, load(), rows, always, model.d_model, scope=scope)
 
     def init_state() -> TrainState:
         method = cfg.method
         if isinstance(method, FirstConfig):
             state = initialise({})
-            if method.init_order == "influence":
+            if method.init_order != "equal":
                 routers = dict(state.params["routers"])
-                bias = first.ranked_bias(method, influence(INFLUENCE_BATCHES))
+                if method.init_order == "influence":
+                    worth = influence(INFLUENCE_BATCHES)
+                else:
+                    always = method.decision.always(model.num_layers)
+                    worth = costs(COST_BATCHES, always, method.scope)
+                bias = first.ranked_bias(method, worth)
                 routers["b"] = jax.device_put(bias, routers["b"].sharding)
                 state = dataclasses.replace(state, params=state.params | {"routers": routers})
             return state
-        chosen = sets.choose(method, model.num_layers, influence)
+        chosen = sets.choose(method, model.num_layers, influence, costs)
         return initialise({"routers": static_routers(chosen, model.d_model)})
 
     built = Built(

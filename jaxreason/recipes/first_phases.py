@@ -159,7 +159,8 @@ def describe(cfg: Any, mesh, load: Callable[[], Any] = not_loaded) -> SkippingPr
     model = resolve_model(cfg, mesh)
     cfg.gating.decision.check(model.num_layers, cfg.gating.scope)
     if not isinstance(cfg.method, FirstConfig):  # Which layers decides values, not programs.
-        sets.choose(cfg.method, model.num_layers, lambda _: np.zeros(model.num_layers))
+        equal = np.zeros(model.num_layers)
+        sets.choose(cfg.method, model.num_layers, lambda _: equal, lambda *_: equal)
     whole = decoder.specs(model)
     check_divides(whole, mesh)
     specs: dict[str, Any] = {"routers": first.specs(cfg.gating, model.num_layers, model.d_model)}

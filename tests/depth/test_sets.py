@@ -13,6 +13,7 @@ from jaxreason.depth.sets import (
     AllLayers,
     BlockInfluence,
     RandomLayers,
+    SkipCost,
     Unified,
     choose,
     most_influential,
@@ -94,13 +95,23 @@ def test_every_method_gives_its_set():
         asked.append(batches)
         return np.array([0.0, 0.5, 0.1, 0.3, 0.2, 0.4])
 
-    assert choose(AllLayers(), 6, influence) == (True,) * 6
-    assert choose(Unified(kept=3), 6, influence) == (True, False, False, True, False, True)
-    assert choose(Evenly(kept=3), 6, influence) == (True, False, False, True, False, True)
-    assert choose(RandomLayers(kept=4, seed=3), 6, influence) == random_set(6, 4, 3, ENDS)
+    def costs(*args):
+        asked.append(args)
+        return np.array([np.inf, 0.1, 0.9, -0.2, 0.3, np.inf])
+
+    assert choose(AllLayers(), 6, influence, costs) == (True,) * 6
+    assert choose(Unified(kept=3), 6, influence, costs) == (True, False, False, True, False, True)
+    assert choose(Evenly(kept=3), 6, influence, costs) == (True, False, False, True, False, True)
+    assert choose(RandomLayers(kept=4, seed=3), 6, influence, costs) == random_set(6, 4, 3, ENDS)
     by_influence = (False, True, False, True, False, True)
-    assert choose(BlockInfluence(kept=3, batches=7), 6, influence) == by_influence
-    assert asked == [7]
+    assert choose(BlockInfluence(kept=3, batches=7), 6, influence, costs) == by_influence
+    by_cost = (True, False, True, False, True, True)
+    assert choose(SkipCost(kept=4, batches=3, scope="everywhere"), 6, influence, costs) == by_cost
+    assert asked == [7, (3, ENDS, "everywhere")]
     with pytest.raises(UserError, match="kept is 7"):
-        choose(BlockInfluence(kept=7), 6, influence)
-    assert asked == [7]  # Refused before the base is run.
+        choose(BlockInfluence(kept=7), 6, influence, costs)
+    with pytest.raises(UserError, match="kept is 1; expected 2"):
+        choose(SkipCost(kept=1), 6, influence, costs)
+    assert len(asked) == 2  # Refused before the base is run.
+    with pytest.raises(UserError, match="batches is 0"):
+        SkipCost(kept=4, batches=0).validate()

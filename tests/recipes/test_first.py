@@ -20,6 +20,7 @@ from jaxreason.data.pairs import Conversation
 from jaxreason.depth import first
 from jaxreason.depth.decision import Decision
 from jaxreason.depth.sets import RandomLayers, most_influential
+from jaxreason.depth.skip_cost import skip_costs
 from jaxreason.depth.unified import unified_set
 from jaxreason.eval.perplexity import make_eval_step, perplexity
 from jaxreason.main import main
@@ -203,6 +204,15 @@ def test_without_adapters_a_peer_is_its_base_under_a_set(room):
     first = np.asarray(state.params["routers"]["b"])
     np.testing.assert_allclose(np.sort(first), np.linspace(1.5, 2.5, 4), rtol=1e-6)
     np.testing.assert_array_equal(np.argsort(first), np.argsort(influence[4]))
+    # Or in that of skip costs, behind the layers that run anyway.
+    built = recipe.build(
+        dataclasses.replace(cfg, method=dataclasses.replace(method, init_order="cost"))
+    )
+    by_cost = np.asarray(built.init_state().params["routers"]["b"])
+    rows = [built.put(built.train_data.batch(i)) for i in range(recipe.COST_BATCHES)]
+    run = lambda p, batch, wrap: decoder.forward(p, built.model, batch, wrap=wrap)  # noqa: E731
+    costs = skip_costs(run, base.params, rows, (True, False, False, False), FOUR.d_model)
+    np.testing.assert_array_equal(np.argsort(by_cost), np.argsort(costs))
 
 
 def test_wrong_configs_end_before_anything_runs(room, tmp_path, capsys):
