@@ -38,7 +38,10 @@ def test_a_bfloat16_weight_times_float32_rows_loses_nothing(rows):
     scale = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w, np.float64))
     got = jax.jit(decode.product)(x, decode.out_in(w))
     assert got.dtype == jnp.float32
-    assert (np.abs(got - exact) <= 3e-7 * scale).all()
+    # How float32 sums are rounded is the CPU's own: a Zen 4 is at 3.2e-7 here, its plain float32
+    # product of the same numbers at 4.1e-7. The split may not be worse than that.
+    plain = (np.abs(np.asarray(x @ w.astype(jnp.float32)) - exact) / scale).max()
+    assert (np.abs(got - exact) / scale).max() <= max(3e-7, plain)
     parts = decode.bfloat16_parts(x)
     assert {p.dtype for p in parts} == {jnp.dtype(jnp.bfloat16)}
     whole = sum(np.asarray(p, np.float64) for p in parts)
