@@ -25,8 +25,8 @@ for _name in (
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
-# Command lines that run inside a test would keep programs in the user's cache on disk, and all later
-# tests of the process too; writing one has crashed a process (docs/log.md, 2026-11-30).
+# Command lines that run inside a test would keep programs in the user's cache on disk, and all
+# later tests of the process too; writing one has crashed a process (docs/log.md, 2026-11-30).
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXREASON_TEST_PLATFORM", "cpu")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

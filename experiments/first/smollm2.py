@@ -14,6 +14,8 @@ first, 1 for the others. The whole table: `python -m benchmarks.first_table`.
 Hardware: 2 CPU cores with AMX. 245,760 tokens a run.
 """
 
+from typing import Literal
+
 from jaxreason.core.errors import UserError, nearest
 from jaxreason.data import Docstrings, GsmSymbolic, PairsConfig
 from jaxreason.depth.decision import Decision
@@ -37,7 +39,10 @@ METHODS = ("first", "none", "unified", "evenly", "random", "influence", "cost", 
 # updates of the first line end at 2.17 nats, 10 of the second at 1.85. The peers have no routers.
 ADAMW = OptimConfig(learning_rate=1e-3, warmup_steps=5, weight_decay=0.0)
 SGD = OptimConfig(name="sgd", learning_rate=0.05, warmup_steps=1, weight_decay=0.0)
-ROUTERS = {"docstrings": ("influence", 40, ADAMW), "gsm_symbolic": ("cost", 10, SGD)}
+ROUTERS: dict[str, tuple[Literal["influence", "cost"], int, OptimConfig]] = {
+    "docstrings": ("influence", 40, ADAMW),
+    "gsm_symbolic": ("cost", 10, SGD),
+}
 
 
 def get_config(arg: str = "docstrings,first") -> SkippingConfig:
