@@ -251,7 +251,7 @@ def build(cfg: SkippingConfig, *, items: Sequence[Item] | None = None) -> Built:
 
     def costs(batches: int, always: tuple[bool, ...], scope: Scope) -> np.ndarray:
         rows = [built.put(train_data.batch(i)) for i in range(batches)]
-        return skip_costs(run_base, load(), rows, always, model.d_model, scope=scope)
+        return skip_costs(run_base, load(), rows, always, scope=scope)
 
     def init_state() -> TrainState:
         method = cfg.method

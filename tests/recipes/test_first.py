@@ -211,7 +211,7 @@ def test_without_adapters_a_peer_is_its_base_under_a_set(room):
     by_cost = np.asarray(built.init_state().params["routers"]["b"])
     rows = [built.put(built.train_data.batch(i)) for i in range(recipe.COST_BATCHES)]
     run = lambda p, batch, wrap: decoder.forward(p, built.model, batch, wrap=wrap)  # noqa: E731
-    costs = skip_costs(run, base.params, rows, (True, False, False, False), FOUR.d_model)
+    costs = skip_costs(run, base.params, rows, (True, False, False, False))
     np.testing.assert_array_equal(np.argsort(by_cost), np.argsort(costs))
 
 
