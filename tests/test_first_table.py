@@ -26,7 +26,7 @@ def here(tmp_path, monkeypatch):
 
 def test_arms():
     assert len(ARMS) == len(set(ARMS)) == 28
-    assert sum(len(arm.seeds) for arm in ARMS) == 3 * 2 * len(COMPARED) + 18
+    assert sum(len(arm.seeds) for arm in ARMS) == 3 * 2 * len(COMPARED) + 22
     labels = {arm.label for arm in ARMS}
     assert labels >= {
         "first-skip20",
