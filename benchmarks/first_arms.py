@@ -1,12 +1,13 @@
 """FiRST's table as data: its arms, their seeds and settings, and the command line of each run."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import math
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 CONFIG = "experiments/first/smollm2.py"
 ROOT = pathlib.Path("runs/first")
@@ -190,10 +191,15 @@ def chosen(
     return min(found, key=lambda entry: (not math.isfinite(entry[0]), entry))[1]
 
 
-def timed(jobs: Sequence[Job]) -> list[Job]:
+def timed(jobs: Sequence[Job], here: Callable[[Job], bool]) -> list[Job]:
     """The runs whose time a token is measured: one of each arm with adapters, on each task.
 
-    Other seeds, and the same layers without adapters (which are merged), run the same program over
-    as many layers; `first_summary` gives them that time, and only where they ran as many.
+    It is the first seed's, or the first whose run is still `here`. Other seeds, and the same layers
+    without adapters (which are merged), run the same program over as many layers; `first_summary`
+    gives them that time, and only where they ran as many.
     """
-    return [job for job in jobs if job.arm.lora and job.seed == job.arm.seeds[0]]
+    arms: dict[tuple[str, Arm], list[Job]] = collections.defaultdict(list)
+    for job in jobs:
+        if job.arm.lora:
+            arms[job.task, job.arm].append(job)
+    return [next(filter(here, seeds), seeds[0]) for seeds in arms.values()]

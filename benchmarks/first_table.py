@@ -14,7 +14,8 @@ that the config file does not know are named and left out.
 
 With `--jobs=N`, N runs go on at a time, each on its share of the cores: on two cores, two processes
 of one core do more than one of two. Several tables may work at the same records. Times are measured
-one at a time, with nothing beside: of each arm one seed with adapters (first_arms.timed).
+one at a time, with nothing beside: of each arm one seed with adapters (first_arms.timed), the
+first whose folder is there.
 
 Every method has the same tuning runs (first_arms.TUNING), at 20 % skipped and half length, judged
 by the loss on held-out examples of the training part, on docstrings (first_arms.TUNED_ON); test
@@ -227,6 +228,11 @@ def measure(jobs: Sequence[Job], what: str, examples: int, until: float, at_once
     )
 
 
+def timeable(job: Job) -> bool:
+    """Whether a run is timed already or can be: its folder may be gone from this machine."""
+    return "time" in records().get(job.name, {}) or (job.folder / "report.html").exists()
+
+
 def sum_up() -> None:
     """Writes the summary and its page, and names what was left out of it."""
     from benchmarks.first_report import write
@@ -272,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         jobs = list(dict.fromkeys(runs))  # Tasks may share them.
     else:
         jobs = main_jobs(tasks, methods)
-        jobs = timed(jobs) if args.stage == "time" else jobs
+        jobs = timed(jobs, timeable) if args.stage == "time" else jobs
     if args.list:
         print("\n".join(f"{'done' if trained(job) else '    '} {job.name}" for job in jobs))
     elif args.stage in ("tune", "main"):

@@ -116,8 +116,16 @@ def test_the_best_setting_is_chosen_once_all_are_tuned():
     assert first_table.setting("docstrings", "unified") == jobs[1].changes
     main = first_table.main_jobs(["docstrings"], ["unified"])
     assert len(main) == 2 * 3 + 2 and {job.changes for job in main} == {jobs[1].changes}
-    timed = first_arms.timed(main)
-    assert [(job.seed, job.arm) for job in timed] == [(1, Arm("unified", s)) for s in (0.2, 0.4)]
+    arms = [Arm("unified", skip) for skip in (0.2, 0.4)]
+    timed = first_arms.timed(main, first_table.timeable)
+    assert [(job.seed, job.arm) for job in timed] == [(1, arm) for arm in arms]
+    # The first seed that is on this machine, or timed already.
+    second = next(job for job in main if (job.seed, job.arm) == (2, arms[0]))
+    third = next(job for job in main if (job.seed, job.arm) == (3, arms[1]))
+    second.folder.mkdir(parents=True)
+    (second.folder / "report.html").touch()
+    first_table.keep_record(third.name, time={"asked": 8})
+    assert first_arms.timed(main, first_table.timeable) == [second, third]
 
 
 def test_a_method_that_the_config_lacks_is_named_and_left_out(monkeypatch, capsys):
