@@ -39,8 +39,8 @@ def summed(records: dict) -> dict:
 
 def test_a_difference_has_both_intervals():
     records = table()
-    a, b = rouge(records, FIRST), rouge(records, Arm("evenly", 0.2))
-    found = entry(summed(records)["differences"], "first-skip20", "evenly-skip20")
+    a, b = rouge(records, FIRST), rouge(records, Arm("unified", 0.2))
+    found = entry(summed(records)["differences"], "first-skip20", "unified-skip20")
     groups = first_records.GROUPS["docstrings"]
     want = difference_interval(a, b, groups, resamples=RESAMPLES)
     assert (found["mean"], found["low"], found["high"]) == want
@@ -57,9 +57,9 @@ def test_records_that_tell_no_groups():
         if "test" in record:
             del record["test"]["groups"]
     found = summed(records)
-    a, b = rouge(records, FIRST), rouge(records, Arm("evenly", 0.2))
+    a, b = rouge(records, FIRST), rouge(records, Arm("unified", 0.2))
     want = difference_interval(a, b, resamples=RESAMPLES)
-    assert entry(found["differences"], "first-skip20", "evenly-skip20")["low"] == want.low
+    assert entry(found["differences"], "first-skip20", "unified-skip20")["low"] == want.low
     assert found["groups"] == first_records.EXAMPLES
 
 
@@ -71,14 +71,14 @@ def test_one_seed_stands_for_all_only_by_design():
     assert plain["seeds_t"] is None  # Its seeds do not stand in pairs.
     # Two runs of a peer of three seeds are missing: what is compared is the third.
     for seed in (1, 3):
-        del records[name_of("docstrings", Arm("evenly", 0.2), seed)]
-    found = entry(summed(records)["differences"], "first-skip20", "evenly-skip20")
-    one = rouge(records, FIRST, 2) - rouge(records, Arm("evenly", 0.2), 2)
+        del records[name_of("docstrings", Arm("unified", 0.2), seed)]
+    found = entry(summed(records)["differences"], "first-skip20", "unified-skip20")
+    one = rouge(records, FIRST, 2) - rouge(records, Arm("unified", 0.2), 2)
     assert found["mean"] == pytest.approx(one.mean())
     assert found["seeds"] == 1 and found["seeds_t"] is None
     del records[name_of("docstrings", FIRST, 2)]
     pairs = [(d["arm"], d["other"]) for d in summed(records)["differences"]]
-    assert ("first-skip20", "evenly-skip20") not in pairs
+    assert ("first-skip20", "unified-skip20") not in pairs
     assert ("first-skip20", "random-skip20") in pairs
 
 
@@ -90,9 +90,9 @@ def timed_at(records: dict, arm: Arm, ratio: float) -> None:
 def test_equal_time_is_a_line_between_a_peers_rates():
     records = table()
     timed_at(records, FIRST, 0.859)  # A quarter of the way from 0.812 to 1.
-    first, evenly = rouge(records, FIRST), rouge(records, Arm("evenly", 0.2))
-    mixed = 0.75 * evenly + 0.25 * rouge(records, Arm("none", 0.0))
-    found = entry(summed(records)["at_equal_time"], "first-skip20", "evenly")
+    first, unified = rouge(records, FIRST), rouge(records, Arm("unified", 0.2))
+    mixed = 0.75 * unified + 0.25 * rouge(records, Arm("none", 0.0))
+    found = entry(summed(records)["at_equal_time"], "first-skip20", "unified")
     assert found["mean"] == pytest.approx((first - mixed).mean())
     assert found["ratio"] == pytest.approx(0.859) and found["seeds_t"]["n"] == 3
 
@@ -100,16 +100,16 @@ def test_equal_time_is_a_line_between_a_peers_rates():
 def test_equal_time_has_the_seeds_that_all_have():
     records = table()
     timed_at(records, FIRST, 0.7)  # Between both rates of the peer, of which one lacks a seed.
-    del records[name_of("docstrings", Arm("evenly", 0.4), 3)]
+    del records[name_of("docstrings", Arm("unified", 0.4), 3)]
     share = (0.7 - 0.624) / (0.812 - 0.624)
-    fast, slow = (rouge(records, Arm("evenly", skip), 1, 2) for skip in (0.4, 0.2))
-    found = entry(summed(records)["at_equal_time"], "first-skip20", "evenly")
+    fast, slow = (rouge(records, Arm("unified", skip), 1, 2) for skip in (0.4, 0.2))
+    found = entry(summed(records)["at_equal_time"], "first-skip20", "unified")
     want = rouge(records, FIRST, 1, 2) - ((1 - share) * fast + share * slow)
     assert found["mean"] == pytest.approx(want.mean()) and found["seeds"] == 2
     for seed in (1, 2):
-        del records[name_of("docstrings", Arm("evenly", 0.2), seed)]
+        del records[name_of("docstrings", Arm("unified", 0.2), seed)]
     others = [d["other"] for d in summed(records)["at_equal_time"] if d["arm"] == "first-skip20"]
-    assert "evenly" not in others and "random" in others
+    assert "unified" not in others and "random" in others
 
 
 def test_no_time_outside_what_a_peer_has():
@@ -118,8 +118,8 @@ def test_no_time_outside_what_a_peer_has():
     assert not [d for d in summed(records)["at_equal_time"] if d["arm"] == "first-skip20"]
     # Faster than the peer's fastest by less than timing can tell: compared with that one.
     timed_at(records, FIRST, 0.61)
-    found = entry(summed(records)["at_equal_time"], "first-skip20", "evenly")
-    want = rouge(records, FIRST) - rouge(records, Arm("evenly", 0.4))
+    found = entry(summed(records)["at_equal_time"], "first-skip20", "unified")
+    want = rouge(records, FIRST) - rouge(records, Arm("unified", 0.4))
     assert found["mean"] == pytest.approx(want.mean()) and found["ratio"] == 0.624
 
 
@@ -205,7 +205,7 @@ def test_held_out_losses_are_paired_by_seed():
         records[name_of("docstrings", FIRST, seed)]["loss"] = loss
     found = {(d["arm"], d["other"]): d for d in summed(records)["losses"]}
     over = seed_interval([0.3, 0.1, 0.2])  # The peers' are 1.
-    got = found["first-skip20", "evenly-skip20"]
+    got = found["first-skip20", "unified-skip20"]
     assert got["mean"] == pytest.approx(0.2)
     assert got["seeds_t"] == {
         "n": 3,
@@ -225,7 +225,7 @@ def test_a_score_that_is_zero_throughout(tmp_path):
     found = result["tasks"]["gsm_symbolic"]
     none = {"plain": 0, "adapted": 0, "share": None}
     assert found["recovered"]["exact"]["first-skip20"] == none
-    difference = entry(found["differences"], "first-skip20", "evenly-skip20", "exact")
+    difference = entry(found["differences"], "first-skip20", "unified-skip20", "exact")
     assert difference["low"] == difference["high"] == 0 and not first_report.clear(difference)
     assert "nan" not in text
 
@@ -282,7 +282,7 @@ def written(tmp_path, records: dict) -> tuple[Page, str, dict]:
 
 def test_page(tmp_path):
     records = table()
-    del records[name_of("gsm_symbolic", Arm("evenly", 0.4), 3)]
+    del records[name_of("gsm_symbolic", Arm("unified", 0.4), 3)]
     page, text, result = written(tmp_path, records)
     mean = result["tasks"]["docstrings"]["arms"]["first-skip20"]["chrf"]["mean"]
     assert f"{mean:.2f}" in text and "first-skip20 − unified-skip20" in text
@@ -304,7 +304,7 @@ def test_page_of_a_table_that_begins(tmp_path):
     records = table()
     kept = {
         name_of("docstrings", arm, seed)
-        for arm in (FIRST, Arm("evenly", 0.2))
+        for arm in (FIRST, Arm("unified", 0.2))
         for seed in SEEDS[:2]
     }
     records = {n: r for n, r in records.items() if n.startswith("tune-") or n in kept}
