@@ -42,7 +42,7 @@ def test_examples(task: str, count: int) -> list:
     return [found[i * len(found) // count] for i in range(count)]
 
 
-def open_run(folder: pathlib.Path):
+def open_run(folder: pathlib.Path, dtype: str = "auto"):
     """A run's model with its encoder, by the data settings that it was trained with."""
     from jaxreason import config as config_lib
     from jaxreason.recipes import recipes
@@ -51,7 +51,7 @@ def open_run(folder: pathlib.Path):
 
     path = folder / "config.json"
     cfg = config_lib.load(path.read_text(), recipes(), where=str(path))
-    model = open_model(folder)
+    model = open_model(folder, dtype=dtype)
     return model, make_encode(model, cfg.data)
 
 

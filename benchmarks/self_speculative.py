@@ -2,6 +2,7 @@
 
     python -m benchmarks.self_speculative --model=models/smollm2 --out=FILE.json
     python -m benchmarks.self_speculative --preset=tiny_1m --exits=1,2 --spread=2 --drafts=2
+    python -m benchmarks.self_speculative --model=runs/first/RUN --task=gsm_symbolic --new=256
 
 Through `generate`, as a user has it: batch 1, greedy, 64 new tokens behind each prompt; for
 every exit layer E and number of draft tokens K: the share of draft tokens that the full model
@@ -9,11 +10,17 @@ accepts, tokens a verification, milliseconds a token, and by how much it is fast
 decoding, which is timed in the same rounds. Besides exits, sets of evenly spread layers draft
 (`--spread`: how many layers). The tokens are compared with the plain ones: in float32 they agree,
 in bfloat16 near ties may fall otherwise (the first difference is reported). Compiling is not in the
-times. A model that was not trained to exit early accepts little at early exits. Run it alone.
+times. A model that was not trained to exit early accepts little at early exits. With `--task`, the
+prompts are test examples of the task, spread evenly, and answers end where the model ends them; a
+set of layers or routers that the run has are put aside, so that plain decoding is the full model's.
+Run it alone.
 """
 
 import argparse
+import dataclasses
+import itertools
 import os
+import pathlib
 import statistics
 import sys
 from collections.abc import Callable
@@ -21,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.first_score import NEW_TOKENS, open_run, test_examples
 from benchmarks.skip_speed import load, spread, write
 from jaxreason.core import platform
 
@@ -36,13 +44,22 @@ PROMPTS = (
 class Bench:
     """One model in one precision with its prompts."""
 
-    def __init__(self, args, model: Any):
+    def __init__(self, args, dtype: str):
+        from jaxreason.recipes.score_task import prompt_tokens
         from jaxreason.rollout import prepare
 
+        if args.task:
+            model, encode = open_run(pathlib.Path(args.model), dtype)
+        else:
+            model = load(args, dtype)
+        model = dataclasses.replace(model, depth=None)
         self.args, self.model, self.layers = args, prepare(model, 1), model.config.num_layers
-        if model.tokenizer is None:
+        if args.task:
+            examples = test_examples(args.task, args.examples)
+            self.prompts: Any = [prompt_tokens(encode, example) for example in examples]
+        elif model.tokenizer is None:
             vocab = model.config.vocab_size
-            self.prompts: Any = np.random.default_rng(0).integers(3, vocab, (4, args.prompt))
+            self.prompts = np.random.default_rng(0).integers(3, vocab, (4, args.prompt))
             self.prompts = self.prompts.tolist()
         else:
             self.prompts = list(PROMPTS)
@@ -53,8 +70,8 @@ class Bench:
 
         stats = Stats()
         done = generate(
-            self.model, self.prompts, GREEDY, max_new_tokens=self.args.new, ignore_eos=True,
-            slots=1, speculation=speculation, stats=stats,
+            self.model, self.prompts, GREEDY, max_new_tokens=self.args.new,
+            ignore_eos=not self.args.task, slots=1, speculation=speculation, stats=stats,
         )  # fmt: skip
         return stats, [c.tokens for c in done]
 
@@ -100,7 +117,8 @@ class Bench:
 
 def first_difference(a: list[int], b: list[int]) -> int | None:
     """The number of the first token that differs; None where none does."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+    pairs = itertools.zip_longest(a, b)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), None)
 
 
 def numbers(text: str) -> list[int]:
@@ -119,15 +137,19 @@ def main() -> None:
     parser.add_argument("--drafts", default="2,4,6", help="draft tokens a verification")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of random prompts")
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--task", choices=list(NEW_TOKENS), help="prompts of a run of first_table")
+    parser.add_argument("--examples", type=int, default=8, help="prompts of the task")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", default="", help="where to write the measurements as JSON")
     args = parser.parse_args()
+    if args.task and not args.model:
+        parser.error("--task needs --model=RUN, a run's folder")
     platform.prepare(restart=True, onednn=False)  # As `jaxreason.generate` does.
     platform.compilation_cache()
     load_at_start = os.getloadavg()[0]
     found: dict[str, dict[str, Any]] = {}
     for dtype in args.dtypes.split(","):
-        bench, found[dtype] = Bench(args, load(args, dtype)), {}
+        bench, found[dtype] = Bench(args, dtype), {}
         for name, speculation in bench.drafts().items():
             result = found[dtype][name] = bench.against_plain(speculation)
             differ = sum(at is not None for at in result["first_difference"])
