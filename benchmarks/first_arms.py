@@ -159,10 +159,15 @@ def given_length(task: str, arm: Arm) -> tuple[int, int]:
 
 
 def given_hash(task: str, arm: Arm) -> str:
-    """Hash of all that the config file says of an arm's numbers: a record holds it."""
+    """Hash of all that the config file says of an arm's numbers: a record holds it.
+
+    Without the adapters' rate, which the tuning sets and a record's setting holds; in its place
+    stands the one that the file gave to every method before they were tuned.
+    """
     cfg = _config(task, arm)
+    optim = dataclasses.replace(cfg.optim, learning_rate=5e-4)
     parts = (cfg.init, cfg.model, cfg.data, cfg.method, cfg.router_steps, cfg.lora)
-    parts += (cfg.router_optim, cfg.optim, cfg.train.steps, cfg.compute_dtype, cfg.z_loss)
+    parts += (cfg.router_optim, optim, cfg.train.steps, cfg.compute_dtype, cfg.z_loss)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
