@@ -57,6 +57,21 @@ def test_commands(monkeypatch):
     assert "--config.train.steps=1" in peer and "--config.lora=None" in peer
 
 
+@pytest.mark.parametrize("method", [m for m in TUNING if m != "cost"])  # Not tuned.
+def test_the_config_files_have_the_tuned_rates(method):
+    kept = pathlib.Path(first_table.__file__).parents[1] / "docs" / "results" / "first_runs.json"
+    rate = dict(first_arms.chosen("docstrings", method, json.loads(kept.read_text())))[
+        "optim.learning_rate"
+    ]
+    files = [f"{first_arms.CONFIG}:docstrings,{method}"]
+    if method == "layerskip":
+        files.append("experiments/layerskip/smollm2.py:docstrings")
+    known = {f"{cls.__module__}.{cls.__name__}": cls for cls in recipes()}
+    for file in files:
+        found = config.parse([f"--config={file}"], recipes=known).config
+        assert found.optim.learning_rate == rate
+
+
 def test_every_run_is_a_config():
     known = {cls.__name__: cls for cls in recipes()}
     for task in first_table.TASKS:
