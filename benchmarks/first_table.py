@@ -27,9 +27,10 @@ import dataclasses
 import json
 import os
 import pathlib
+import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 from benchmarks.first_arms import (
@@ -233,6 +234,30 @@ def timeable(job: Job) -> bool:
     return "time" in records().get(job.name, {}) or (job.folder / "report.html").exists()
 
 
+def check_examples(tasks: Iterable[str]) -> None:
+    """Refuses a task whose examples are others here than those of the runs on record.
+
+    The docstrings are those of the running Python's library, so another Python is another task.
+
+    Raises:
+      UserError: the digests differ.
+    """
+    from benchmarks.first_score import test_examples
+    from jaxreason.data.tasks import sha256
+
+    for task in tasks:
+        scored = [r for r in records().values() if r.get("task") == task and "test" in r]
+        known = {r["test"]["examples_sha256"]: r for r in scored if r["test"]["asked"] == EXAMPLES}
+        if known and (here := sha256(test_examples(task, EXAMPLES))) not in known:
+            digest, run = next(iter(known.items()))
+            theirs = run.get("facts", {}).get("python")
+            raise UserError(
+                f"{task}: the {EXAMPLES} test examples here have the digest {here[:8]} (Python "
+                f"{platform.python_version()}); the runs in {RECORDS} answered {digest[:8]} "
+                f"(Python {theirs}); use that Python, or move {RECORDS} away"
+            )
+
+
 def sum_up() -> None:
     """Writes the summary and its page, and names what was left out of it."""
     from benchmarks.first_report import write
@@ -272,6 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.stage == "summary":
         sum_up()
         return
+    if args.stage != "time" and not args.list:
+        check_examples(tasks)
     methods = methods_here(args.methods.split(","))
     if args.stage == "tune":
         runs = [job for task in tasks for method in methods for job in tuning_jobs(task, method)]
@@ -290,4 +317,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -14,6 +14,7 @@ from benchmarks.first_arms import ARMS, COMPARED, TUNING, Arm, Job, given_hash
 from benchmarks.first_workers import Work, core_shares, side_by_side
 from jaxreason import config
 from jaxreason.core.errors import UserError
+from jaxreason.data.tasks import sha256
 from jaxreason.recipes import recipes
 from jaxreason.train.runs import RunData
 
@@ -326,6 +327,18 @@ def test_what_is_on_record_is_not_measured_again():
     assert first_table.records()[job.name]["test"] == {"asked": 6, "means": 4}
     assert measured(job, "test", 5, 5) == []
     assert first_table.records()[job.name] == want
+
+
+def test_other_examples_are_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(first_table, "train", lambda *args: pytest.fail("trained"))
+    of = {"asked": first_table.EXAMPLES, "examples_sha256": "a" * 64}
+    first_table.keep_record("r", task="docstrings", test=of, facts={"python": "3.12.1"})
+    for stage in ("main", "tune", "evaluate"):
+        with pytest.raises(UserError, match=r"docstrings: the 200 .* aaaaaaaa \(Python 3.12.1\)"):
+            first_table.main([f"--stage={stage}", "--tasks=docstrings"])
+    here = first_score.test_examples("docstrings", first_table.EXAMPLES)
+    first_table.keep_record("s", task="docstrings", test=of | {"examples_sha256": sha256(here)})
+    first_table.check_examples(["docstrings"])
 
 
 def test_times_are_measured_alone(capsys):
