@@ -10,9 +10,9 @@ accepts, tokens a verification, milliseconds a token, and by how much it is fast
 decoding, which is timed in the same rounds. Besides exits, sets of evenly spread layers draft
 (`--spread`: how many layers). The tokens are compared with the plain ones: in float32 they agree,
 in bfloat16 near ties may fall otherwise (the first difference is reported). Compiling is not in the
-times. A model that was not trained to exit early accepts little at early exits. With `--task`, the
-prompts are test examples of the task, spread evenly, and answers end where the model ends them; a
-set of layers or routers that the run has are put aside, so that plain decoding is the full model's.
+times. A model that was not trained to exit early accepts little at early exits. A run's own set of
+layers or routers are put aside, so that plain decoding is the full model's. With `--task`, the
+prompts are test examples of the task, spread evenly, and answers end where the model ends them.
 Run it alone.
 """
 
@@ -142,8 +142,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", default="", help="where to write the measurements as JSON")
     args = parser.parse_args()
-    if args.task and not args.model:
-        parser.error("--task needs --model=RUN, a run's folder")
+    if args.task and not (pathlib.Path(args.model) / "config.json").is_file():
+        parser.error(f"--model={args.model!r}; with --task expected a run's folder (config.json)")
     platform.prepare(restart=True, onednn=False)  # As `jaxreason.generate` does.
     platform.compilation_cache()
     load_at_start = os.getloadavg()[0]

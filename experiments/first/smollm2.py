@@ -4,13 +4,14 @@
     python -m jaxreason.main --config=experiments/first/smollm2.py:docstrings,first,skip=0.2,seed=1
     python -m jaxreason.generate --checkpoint=runs/first/docstrings-first-skip20-seed1 --chat
 
-Tasks: docstrings (a Python function -> the first line of its docstring, split by package) and
-gsm_symbolic (word problems; needs jaxreason[tasks]). Methods: first (routers, then adapters under
-their decisions, 120 updates in all), and for 120 updates of adapters none (all layers), unified
-(official rule), evenly, random, influence, cost (a fixed set by what each layer alone costs),
-layerskip (experiments/layerskip). `skip` is the share of the 30 layers that does not run in the
-completion. Without adapters: --config.lora=None and --config.train.steps= the routers' updates for
-first, 1 for the others. The whole table: `python -m benchmarks.first_table`.
+Tasks: docstrings (a Python function -> the first line of its docstring, split by package; from the
+running Python's library, in the table 3.12.1's) and gsm_symbolic (word problems; needs
+jaxreason[tasks]). Methods: first (routers, then adapters under their decisions, 120 updates in
+all), and for 120 updates of adapters none (all layers), unified (official rule), evenly, random,
+influence, cost (a fixed set by what each layer alone costs), layerskip (experiments/layerskip).
+`skip` is the share of the 30 layers that does not run in the completion. Without adapters:
+--config.lora=None and --config.train.steps= the routers' updates for first, 1 for the others. The
+whole table: `python -m benchmarks.first_table`.
 Hardware: 2 CPU cores with AMX. 245,760 tokens a run.
 """
 
