@@ -161,11 +161,15 @@ def keep_wrap(keep_bl: jax.Array) -> LayerWrap:
     [L] bool: the layers that were computed.
     """
 
-    def apply(run, x, cache, keep_b):
-        x, cache, routed = run_rows(keep_b, run, x, cache)
-        return x, cache, routed, jnp.any(keep_b)
+    # Once for all layers: what stands between two conditionals is paid for at every layer.
+    any_l = jax.lax.optimization_barrier(jnp.any(keep_bl, axis=0))
 
-    return LayerWrap(apply, keep_bl.T)
+    def apply(run, x, cache, extra):
+        keep_b, any_row = extra
+        x, cache, routed = run_rows(keep_b, run, x, cache, any_row)
+        return x, cache, routed, any_row
+
+    return LayerWrap(apply, (keep_bl.T, any_l))
 
 
 def static_routers(keep: tuple[bool, ...] | jax.Array, d_model: int) -> dict[str, jax.Array]:

@@ -96,7 +96,7 @@ def _heads(cfg: ModelConfig, p, y, rotary, name: str) -> jax.Array:
     if cfg.clip_qkv is not None:
         y = jnp.clip(y, -cfg.clip_qkv, cfg.clip_qkv)
     if rotary is not None and name != "v":
-        cos, sin = rotary
+        cos, sin = (table.reshape(*y.shape[:2], 1, -1) for table in rotary)
         y = rope.apply_rope(y, cos, sin, cfg.kernels)
     return shard(y, "batch", "seq", "heads" if name == "q" else "kv_heads", None)
 
@@ -252,8 +252,12 @@ def _rotary_tables(cfg: ModelConfig, positions):
         return None
     freq = rope.frequencies(cfg.rotary_width, cfg.rope_base, cfg.rope_scaling)
     tables = rope.rope_tables(positions, freq)
-    # Once a step: XLA would take the cosines again in every layer.
-    return jax.lax.optimization_barrier(tables) if cfg.kernels == "cpu" else tables
+    if cfg.kernels != "cpu":
+        return tables
+    # Once a step: XLA would take the cosines again in every layer. Flat, as a conditional around a
+    # layer copies tables whose axes of one element it has put in another order.
+    flat = [table.reshape(-1, table.shape[-1]) for table in tables]
+    return jax.lax.optimization_barrier(flat)
 
 
 def forward(

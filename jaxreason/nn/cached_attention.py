@@ -89,7 +89,7 @@ def _one_token(cache: KVCache, written: jax.Array, seen: jax.Array, soft_cap) ->
     """The CPU's form of a token loop's step."""
     # Once for all layers. A row whose token is padding writes nothing.
     bias = jax.lax.optimization_barrier(jnp.where(seen[:, 0], 0.0, jnp.finfo(jnp.float32).min))
-    at = jnp.where(written > 0, cache.lengths, cache.capacity)
+    at = decode.places(jnp.where(written > 0, cache.lengths, cache.capacity))
 
     def attend(q, k, v, layer):
         k_all, v_all = decode.append(layer[0], layer[1], k[:, 0], v[:, 0], at)

@@ -44,11 +44,20 @@ def run_or_skip(keep: jax.Array, run: Run, x: jax.Array, cache: Any) -> tuple[ja
     return jax.lax.cond(keep, run, skip, x, cache)
 
 
-def run_rows(keep_b: jax.Array, run: Run, x: jax.Array, cache: Any) -> tuple[jax.Array, Any, Any]:
+def run_rows(
+    keep_b: jax.Array, run: Run, x: jax.Array, cache: Any, any_row: jax.Array | None = None
+) -> tuple[jax.Array, Any, Any]:
     """The layer for the rows that `keep_b` [B] names; it costs nothing where none does.
 
     Where one does, all rows are computed and the others keep their `x`. The cache gets the new
-    entries of all rows: who skipped is to be counted by `KVCache.advance`.
+    entries of all rows: who skipped is to be counted by `KVCache.advance`. `any_row` is
+    `any(keep_b)`, where the caller has it for all layers already.
     """
-    new, cache, routed = run_or_skip(jnp.any(keep_b), run, x, cache)
-    return jnp.where(keep_b[:, None, None], new, x), cache, routed
+
+    def run_kept(x, cache):
+        new, cache, routed = run(x, cache)
+        # Of one row, it is that row that runs.
+        return new if len(keep_b) == 1 else jnp.where(keep_b[:, None, None], new, x), cache, routed
+
+    keep = jnp.any(keep_b) if any_row is None else any_row
+    return run_or_skip(keep, run_kept, x, cache)

@@ -134,7 +134,7 @@ def test_attention_to_a_ragged_cache(batch, soft_cap):
 
     @jax.jit
     def step(q, k, v, new, lengths):
-        k, v = decode.append(k, v, new[0], new[1], lengths)
+        k, v = decode.append(k, v, new[0], new[1], decode.places(lengths))
         seen = jnp.arange(s)[None] <= lengths[:, None]
         return decode.attend(q, k, v, jnp.where(seen, 0.0, -1e30), soft_cap), k, v
 
@@ -152,7 +152,8 @@ def test_attention_to_a_ragged_cache(batch, soft_cap):
 
 def test_a_full_row_writes_nothing():
     k = rand(0, 2, 1, 4, 2)
-    k_new, _ = decode.append(k, k, jnp.ones((2, 1, 2)), jnp.ones((2, 1, 2)), jnp.asarray([4, 1]))
+    ones, at = jnp.ones((2, 1, 2)), decode.places(jnp.asarray([4, 1]))
+    k_new, _ = decode.append(k, k, ones, ones, at)
     np.testing.assert_array_equal(k_new[0], k[0])
     assert (k_new[1, 0, 1] == 1).all()
 
@@ -163,7 +164,7 @@ def test_the_cache_is_updated_in_place():
     def loop(k, v, q, lengths):
         def body(state):
             k, v, q, lengths, out = state
-            k, v = decode.append(k, v, q[:, :2], q[:, 2:4], lengths)
+            k, v = decode.append(k, v, q[:, :2], q[:, 2:4], decode.places(lengths))
             o = decode.attend(q, k, v, jnp.where(jnp.arange(64)[None] <= lengths[:, None], 0, -9.0))
             return k, v, o, lengths + 1, out + o
 

@@ -201,19 +201,38 @@ def split_heads(y: jax.Array, heads: int, kv_heads: int) -> tuple[jax.Array, jax
     return y[..., : ends[0], :], y[..., ends[0] : ends[1], :], y[..., ends[1] :, :]
 
 
+_AT_ROW_AND_TOKEN = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(1, 2), inserted_window_dims=(0, 2), scatter_dims_to_operand_dims=(0, 2)
+)
+
+
+def places(lengths_b: jax.Array) -> jax.Array:
+    """Where each row's next token goes in a cache: its row and `lengths` [B], as int32 [B,2].
+
+    Behind a barrier, so that a step makes it once and not in every layer.
+    """
+    rows = jnp.arange(len(lengths_b), dtype=jnp.int32)
+    return jax.lax.optimization_barrier(jnp.stack([rows, lengths_b.astype(jnp.int32)], axis=1))
+
+
 def append(
-    k_bgsk: jax.Array, v_bgsk: jax.Array, k_bgk: jax.Array, v_bgk: jax.Array, lengths: jax.Array
+    k_bgsk: jax.Array, v_bgsk: jax.Array, k_bgk: jax.Array, v_bgk: jax.Array, places_b2: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes one token's keys and values [B,G,K] at each row's `lengths` [B], in place in a loop.
+    """Writes one token's keys and values [B,G,K] at `places` [B,2], in place in a loop.
 
     A row whose length is the capacity writes nothing.
     """
-    rows = jnp.arange(k_bgsk.shape[0])
-    k = k_bgsk.at[rows, :, lengths].set(k_bgk.astype(k_bgsk.dtype), mode="drop")
-    v = v_bgsk.at[rows, :, lengths].set(v_bgk.astype(v_bgsk.dtype), mode="drop")
+
+    def put(to, new):
+        return jax.lax.scatter(
+            to, places_b2, new.astype(to.dtype), _AT_ROW_AND_TOKEN, indices_are_sorted=True,
+            unique_indices=True, mode="drop",
+        )  # fmt: skip
+
+    k, v = put(k_bgsk, k_bgk), put(v_bgsk, v_bgk)
     # Behind a barrier where B is 1: XLA would write twice, once for the attention without the batch
     # axis, and copy the whole cache for it.
-    return jax.lax.optimization_barrier((k, v)) if len(lengths) == 1 else (k, v)
+    return jax.lax.optimization_barrier((k, v)) if len(places_b2) == 1 else (k, v)
 
 
 def attend(
