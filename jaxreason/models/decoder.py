@@ -96,7 +96,7 @@ def _heads(cfg: ModelConfig, p, y, rotary, name: str) -> jax.Array:
     if cfg.clip_qkv is not None:
         y = jnp.clip(y, -cfg.clip_qkv, cfg.clip_qkv)
     if rotary is not None and name != "v":
-        cos, sin = (table.reshape(*y.shape[:2], 1, -1) for table in rotary)
+        cos, sin = (t.reshape(-1, y.shape[1], 1, t.shape[-1]) for t in rotary)
         y = rope.apply_rope(y, cos, sin, cfg.kernels)
     return shard(y, "batch", "seq", "heads" if name == "q" else "kv_heads", None)
 
