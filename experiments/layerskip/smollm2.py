@@ -12,8 +12,9 @@ run, for prompt and completion; `full/loss` of an evaluation is that of all 30, 
 self-speculative decoding would write. The exits take turns, `interval` 8 (4 of 30 at a step); the
 paper's curriculum for a task: --config.method.curriculum=gradual --config.method.dropout=0.2.
 Hardware: one CPU core. 245,760 tokens a run. Time: 34 minutes (gsm_symbolic, Xeon without AMX).
-Expected: measured in that table alone, where prompts are read by all layers (gsm_symbolic,
-layerskip,skip=0.4,seed=1): held-out loss 3.72 of the first 18 layers, 0.73 of all.
+Expected: measured in that table alone, where prompts are read by all layers (seed 1, held-out loss
+of the first 18 layers): gsm_symbolic 3.72 (0.73 of all layers), docstrings 6.62; of the first 24
+on docstrings 4.92. Adapters alone do not teach these exits in 120 updates.
 """
 
 from jaxreason.core.errors import UserError, nearest
