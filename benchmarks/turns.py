@@ -18,7 +18,7 @@ Way = Callable[[Callable[[], bool], Any], None]
 
 
 def decode_seconds(ways: dict[str, Way]) -> dict[str, list[float]]:
-    """Seconds of every chunk of tokens of each way, run together with one of them at work at a time.
+    """Seconds of every chunk of tokens of each way; they run together, one at work at a time.
 
     The engine asks `cancel` before each chunk: there a way hands the turn on, in the order of
     `ways`, and waits for its own. The ways should have as many chunks as each other. An error in
