@@ -7,7 +7,7 @@
 Through `generate`, as a user has it: random weights of SmolLM2-135M's shape (or those of a folder),
 64 tokens of prompt and 64 new ones, rows that share one set of evenly spread layers, six sizes of
 it. In each of five rounds every size is timed in turn. What conditionals and routers that keep all
-layers cost over the program without either is less than a machine's unrest, so there the three take
+layers cost over the program without either is less than a machine's unrest, so there they take
 turns every four tokens (`benchmarks.turns`), in several requests of 128 tokens; and it passes where
 the whole interval of the routers' cost is below 2 %. Rows of different sets are reported apart, as
 a union and grouped. Compiling is not in the times. Run it alone.
@@ -151,11 +151,13 @@ class Bench:
         """The program without any conditional, a given set of all layers, routers that keep all.
 
         Routers read the prompt; in the token loop only the conditionals are left of them. The whole
-        is the prompt and the new tokens of a request.
+        is the prompt and the new tokens of a request. The plain program a second time is the
+        control: its cost is none, so what it shows is the error of this measurement.
         """
         rows, steps, new = self.batch, self.args.new - 1, 1 + 32 * TURN
         ways = {
             "plain": (self.model, [None] * rows),
+            "again": (self.model, [None] * rows),
             "given": (self.model, [(True,) * self.layers] * rows),
             "routers": (self.routed, [None] * rows),
         }
@@ -169,7 +171,7 @@ class Bench:
         chunks: dict[str, list[float]] = {name: [] for name in ways}
         turns.decode_seconds(dict(named))
         for i in range(self.args.requests):
-            order = named[i % 3 :] + named[: i % 3]
+            order = named[i % 4 :] + named[: i % 4]
             for name, seconds in turns.decode_seconds(dict(order[:: 1 if i % 2 else -1])).items():
                 chunks[name] += seconds[1:]  # The first comes right behind the prompt.
         reading = self.in_turn(
@@ -182,10 +184,11 @@ class Bench:
             statistics.median(chunks["plain"]) * steps / TURN,
         ]
         read = turns.ratios(prompts["routers"], prompts["plain"])
-        drawn = {n: turns.ratios(chunks[n], chunks["plain"]) for n in ("given", "routers")}
+        drawn = {n: turns.ratios(chunks[n], chunks["plain"]) for n in ("again", "given", "routers")}
         return {
             "prefill_ms": {n: 1e3 * statistics.median(v) for n, v in prompts.items()},
             "turns_ms_a_step": {n: 1e3 * statistics.median(v) / TURN for n, v in chunks.items()},
+            "control_cost_a_step": turns.cost([1], [drawn["again"]]),
             "conditionals_cost_a_step": turns.cost([1], [drawn["given"]]),
             "routers_cost_a_step": turns.cost([1], [drawn["routers"]]),
             "routers_cost_of_the_prompt": turns.cost([1], [read]),
@@ -239,8 +242,8 @@ def show(name: str, found: dict[str, Any]) -> None:
         f"{line['off']:+.1%} off t(all) - t(0); {found['decode_programs_for_all_sets']} program"
     )
     for what in (
-        "conditionals_cost_a_step", "routers_cost_a_step", "routers_cost_of_the_prompt",
-        "routers_cost_of_the_whole",
+        "control_cost_a_step", "conditionals_cost_a_step", "routers_cost_a_step",
+        "routers_cost_of_the_prompt", "routers_cost_of_the_whole",
     ):  # fmt: skip
         cost = found[what]
         low, high = cost["interval"]

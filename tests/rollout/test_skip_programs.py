@@ -69,6 +69,25 @@ def test_a_conditional_copies_no_cache():
     assert sizes[1] < sizes[0] + 3 * 2 * CAPACITY * 8 * 4, "less than one more cache array"
 
 
+def kernels(program: str) -> int:
+    """Operations of a compiled program that run by themselves, those inside fusions left out."""
+    number, fused = 0, False
+    for line in program.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            fused = "fused_computation" in line.split("(")[0]
+        elif not fused:
+            number += bool(re.match(r"\s+(ROOT )?\S+ = .*? (fusion|copy|convert|select)\(", line))
+    return number
+
+
+def test_a_conditional_costs_a_layer_three_small_kernels_at_most():
+    # Its predicate, its rows' choice, and one for what XLA fuses otherwise. It was ten where the
+    # rotary tables, the cache's places and the choice of rows were made for each layer.
+    plain, skips = (kernels(lowered(skips).compile().as_text()) for skips in (False, True))
+    assert plain > 20 * LAYERS
+    assert plain < skips <= plain + 3 * LAYERS
+
+
 def decoded(keep, scope, steps=5):
     """A cache of PROMPTS and the tokens that followed, after a token loop with `keep` [B,L]."""
     model = prepare(tiny(), 3)
