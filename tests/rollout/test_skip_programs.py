@@ -81,7 +81,7 @@ def kernels(program: str) -> int:
 
 
 def test_a_conditional_costs_a_layer_three_small_kernels_at_most():
-    # Its predicate, its rows' choice, and one for what XLA fuses otherwise. It was ten where the
+    # Its predicate, its rows' choice, and one for what XLA fuses otherwise. Over ten where the
     # rotary tables, the cache's places and the choice of rows were made for each layer.
     plain, skips = (kernels(lowered(skips).compile().as_text()) for skips in (False, True))
     assert plain > 20 * LAYERS
