@@ -7,10 +7,11 @@
 Through `generate`, as a user has it: random weights of SmolLM2-135M's shape (or those of a folder),
 64 tokens of prompt and 64 new ones, rows that share one set of evenly spread layers, six sizes of
 it. In each of five rounds every size is timed in turn. What conditionals and routers that keep all
-layers cost over the program without either is less than a machine's unrest, so there they take
-turns every four tokens (`benchmarks.turns`), in several requests of 128 tokens; and it passes where
-the whole interval of the routers' cost is below 2 %. Rows of different sets are reported apart, as
-a union and grouped. Compiling is not in the times. Run it alone.
+layers cost over the program without either is less than a machine's noise. So there they take turns
+every four tokens (`benchmarks.turns`), in several requests of 128 tokens, between two runs of the
+plain program; and it passes where the whole interval of the routers' cost is below 2 %. Rows of
+different sets are reported apart, as a union and grouped. Compiling is not in the times. Run it
+alone.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from jaxreason.core import platform
 
 LEVELS = 6
 TURN = 4  # Tokens between two turns where conditionals and routers are timed.
+CHUNKS = 32  # Turns of a request there.
 # What the project promises of times with a shared set.
 LEAST_R2, MOST_OFF, MOST_ROUTER = 0.99, 0.05, 0.02
 
@@ -57,6 +59,44 @@ def fit(kept: Sequence[int], ms: Sequence[float]) -> dict[str, Any]:
         "all_minus_none_ms": measured, "off": off,
         "passes": bool(r2 >= LEAST_R2 and abs(off) <= MOST_OFF),
     }  # fmt: skip
+
+
+def costs_of(
+    read: dict[str, Sequence[float]], chunks: dict[str, Sequence[float]], steps: int
+) -> dict[str, Any]:
+    """What `routers` cost over the mean of `plain` and `again`, which are one program run twice.
+
+    `read`: seconds of a prompt's reading; `chunks`: of TURN steps of the token loop; each way's
+    lists go together. The whole is one prompt and `steps` steps, put together of these. The two
+    plain runs against each other are the control: what it differs from zero is an error.
+    """
+
+    def plain(times: dict[str, Sequence[float]]) -> np.ndarray:
+        return np.mean([times["plain"], times["again"]], axis=0)
+
+    of_prompt = turns.ratios(read["routers"], plain(read))
+    of_step = turns.ratios(chunks["routers"], plain(chunks))
+    whole = [np.median(plain(read)), np.median(plain(chunks)) * steps / TURN]
+    return {
+        "prefill_ms": {n: 1e3 * statistics.median(v) for n, v in read.items()},
+        "turns_ms_a_step": {n: 1e3 * statistics.median(v) / TURN for n, v in chunks.items()},
+        "control_a_step": turns.cost([1], [turns.ratios(chunks["again"], chunks["plain"])]),
+        "control_of_the_prompt": turns.cost([1], [turns.ratios(read["again"], read["plain"])]),
+        "routers_cost_a_step": turns.cost([1], [of_step]),
+        "routers_cost_of_the_prompt": turns.cost([1], [of_prompt]),
+        "routers_cost_of_the_whole": turns.cost(whole, [of_prompt, of_step]),
+        "turns": {
+            "prefill_ms": {n: [round(1e3 * x, 3) for x in v] for n, v in read.items()},
+            "decode_ms_a_step": {
+                n: [round(1e3 * x / TURN, 3) for x in v] for n, v in chunks.items()
+            },
+        },
+    }  # fmt: skip
+
+
+def passes(line: dict[str, Any], programs: int, routers: dict[str, Any]) -> bool:
+    """Whether the line, the number of programs and the routers' cost are as promised."""
+    return line["passes"] and programs == 1 and routers["interval"][1] < MOST_ROUTER
 
 
 def load(args, dtype: str):
@@ -130,6 +170,7 @@ class Bench:
         }
         before = device.decode._cache_size()
         found = self.in_turn(arms)
+        self.call(self.routed, [None] * rows)  # By the same program.
         programs = device.decode._cache_size() - before
         for k in kept:
             assert all(s.layers.computed == k * steps and s.layers.steps == steps for s in found[k])
@@ -142,24 +183,20 @@ class Bench:
             "kept": kept, "ms_a_step": {str(k): middle[k] for k in kept},
             "ms_a_token": {str(k): middle[k] / rows for k in kept}, "fit": line,
             "decode_programs_for_all_sets": programs, **costs,
-            "passes": line["passes"] and programs == 1
-            and costs["routers_cost_of_the_whole"]["interval"][1] < MOST_ROUTER,
+            "passes": passes(line, programs, costs["routers_cost_of_the_whole"]),
             "rounds": {"decode_ms_a_step": {str(n): v for n, v in decode.items()}},
         }  # fmt: skip
 
     def costs(self) -> dict[str, Any]:
-        """The program without any conditional, a given set of all layers, routers that keep all.
+        """What routers that keep all layers cost over the program without any conditional.
 
-        Routers read the prompt; in the token loop only the conditionals are left of them. The whole
-        is the prompt and the new tokens of a request. The plain program a second time is the
-        control: its cost is none, so what it shows is the error of this measurement.
+        They read the prompt; in the token loop only the conditionals are left of them.
         """
-        rows, steps, new = self.batch, self.args.new - 1, 1 + 32 * TURN
+        rows, new = self.batch, 1 + CHUNKS * TURN
         ways = {
             "plain": (self.model, [None] * rows),
-            "again": (self.model, [None] * rows),
-            "given": (self.model, [(True,) * self.layers] * rows),
             "routers": (self.routed, [None] * rows),
+            "again": (self.model, [None] * rows),
         }
 
         def way(model: Any, keeps: Sequence[Any]) -> turns.Way:
@@ -169,37 +206,19 @@ class Bench:
 
         named = [(name, way(*what)) for name, what in ways.items()]
         chunks: dict[str, list[float]] = {name: [] for name in ways}
-        turns.decode_seconds(dict(named))
+        turns.decode_seconds(dict(named))  # Compiles.
         for i in range(self.args.requests):
-            order = named[i % 4 :] + named[: i % 4]
-            for name, seconds in turns.decode_seconds(dict(order[:: 1 if i % 2 else -1])).items():
+            order = named[:: -1 if i % 2 else 1]
+            for name, seconds in turns.decode_seconds(dict(order)).items():
+                if len(seconds) != CHUNKS:
+                    raise RuntimeError(f"{name}: {len(seconds)} chunks were timed, not {CHUNKS}")
                 chunks[name] += seconds[1:]  # The first comes right behind the prompt.
-        reading = self.in_turn(
-            {n: lambda what=ways[n]: self.call(*what, new=1) for n in ("plain", "routers")},
-            rounds=4 * self.args.requests,
+        prompts = self.in_turn(
+            {n: lambda what=what: self.call(*what, new=1) for n, what in ways.items()},
+            rounds=3 * self.args.requests,
         )
-        prompts = {n: [s.prefill_seconds for s in found] for n, found in reading.items()}
-        whole = [
-            statistics.median(prompts["plain"]),
-            statistics.median(chunks["plain"]) * steps / TURN,
-        ]
-        read = turns.ratios(prompts["routers"], prompts["plain"])
-        drawn = {n: turns.ratios(chunks[n], chunks["plain"]) for n in ("again", "given", "routers")}
-        return {
-            "prefill_ms": {n: 1e3 * statistics.median(v) for n, v in prompts.items()},
-            "turns_ms_a_step": {n: 1e3 * statistics.median(v) / TURN for n, v in chunks.items()},
-            "control_cost_a_step": turns.cost([1], [drawn["again"]]),
-            "conditionals_cost_a_step": turns.cost([1], [drawn["given"]]),
-            "routers_cost_a_step": turns.cost([1], [drawn["routers"]]),
-            "routers_cost_of_the_prompt": turns.cost([1], [read]),
-            "routers_cost_of_the_whole": turns.cost(whole, [read, drawn["routers"]]),
-            "turns": {
-                "prefill_ms": {n: [round(1e3 * x, 3) for x in v] for n, v in prompts.items()},
-                "decode_ms_a_step": {
-                    n: [round(1e3 * x / TURN, 3) for x in v] for n, v in chunks.items()
-                },
-            },
-        }  # fmt: skip
+        read = {n: [s.prefill_seconds for s in found] for n, found in prompts.items()}
+        return costs_of(read, chunks, self.args.new - 1)
 
     def mixed(self) -> dict[str, Any]:
         """Four times as many requests as slots, with 60 % of the layers in sets of their own."""
@@ -242,7 +261,7 @@ def show(name: str, found: dict[str, Any]) -> None:
         f"{line['off']:+.1%} off t(all) - t(0); {found['decode_programs_for_all_sets']} program"
     )
     for what in (
-        "control_cost_a_step", "conditionals_cost_a_step", "routers_cost_a_step",
+        "control_a_step", "control_of_the_prompt", "routers_cost_a_step",
         "routers_cost_of_the_prompt", "routers_cost_of_the_whole",
     ):  # fmt: skip
         cost = found[what]
@@ -267,7 +286,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=8, help="those that take turns")
+    parser.add_argument("--requests", type=int, default=16, help="those that take turns")
+    parser.add_argument(
+        "--mixed", action=argparse.BooleanOptionalAction, default=True,
+        help="whether to time rows of different sets, which takes longest",
+    )  # fmt: skip
     parser.add_argument("--out", default="", help="where to write the measurements as JSON")
     args = parser.parse_args()
     platform.prepare(restart=True, onednn=False)  # As `jaxreason.generate` does.
@@ -279,12 +302,24 @@ def main() -> None:
         for batch in map(int, args.batches.split(",")):
             bench = Bench(args, model, batch)
             found[dtype][str(batch)] = bench.shared()
-            if batch > 1:
+            if batch > 1 and args.mixed:
                 found[dtype][str(batch)]["mixed"] = bench.mixed()
             show(f"{dtype}, batch {batch}", found[dtype][str(batch)])
             sys.stdout.flush()
             if args.out:
                 write(args, found, load_at_start)
+
+
+def cpu(cpuinfo: str = "/proc/cpuinfo") -> dict[str, Any]:
+    """The processor's name and what it has for bfloat16; empty where that cannot be read."""
+    path = pathlib.Path(cpuinfo)
+    if not path.exists():
+        return {}
+    fields = dict(
+        map(str.strip, x.split(":", 1)) for x in path.read_text().splitlines() if ":" in x
+    )
+    has = {"amx_bf16", "avx512_bf16"} & set(fields.get("flags", "").split())
+    return {"name": fields.get("model name", ""), "bfloat16": sorted(has)}
 
 
 def write(args, found: dict[str, Any], load_at_start: float) -> None:
@@ -300,6 +335,7 @@ def write(args, found: dict[str, Any], load_at_start: float) -> None:
             "jaxlib": jaxlib.__version__, "numpy": np.__version__,
         },
         "device": jax.devices()[0].device_kind,
+        "cpu": cpu(),
         "cpus": len(os.sched_getaffinity(0)),
         "commit": commit_of(),
         "load_at_start": load_at_start,
