@@ -67,8 +67,9 @@ def costs_of(
     """What `routers` cost over the mean of `plain` and `again`, which are one program run twice.
 
     `read`: seconds of a prompt's reading; `chunks`: of TURN steps of the token loop; each way's
-    lists go together. The whole is one prompt and `steps` steps, put together of these. The two
-    plain runs against each other are the control: what it differs from zero is an error.
+    lists go together. A step's cost is that of the conditionals, which are all that routers leave
+    in the token loop. The whole is one prompt and `steps` steps, put together of these. The two
+    plain runs against each other are the control: where it is not zero, that is error.
     """
 
     def plain(times: dict[str, Sequence[float]]) -> np.ndarray:
